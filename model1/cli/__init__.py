@@ -1,0 +1,1 @@
+"""The command line: `model1 VERB`, one module per verb."""

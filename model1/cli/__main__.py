@@ -1,0 +1,7 @@
+"""`python -m model1.cli`, for where the `model1` script is not on the path."""
+
+import sys
+
+from model1.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The model as a readable statement: modules own weights, `model1.ops` does the work."""

@@ -1,0 +1,112 @@
+"""Latent attention: low-rank queries, one shared key/value latent, grouped low-rank output.
+
+Form "model1": the latent itself is key and value, its rotary channels included; the output's
+rotary channels are turned back, so that only relative offsets remain (arXiv 2606.19348).
+Form "v32": per-head up-projections absorbed into query and output, the value is the unrotated
+latent (arXiv 2405.04434, DeepSeek-V3.2).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model1.config import ModelConfig
+from model1.nn.indexer import LowRankSelector
+from model1.nn.layers import Linear, RmsNorm
+from model1.nn.vvpa import LogTemperature, OutputGate
+from model1.ops.norm import rms_norm
+from model1.ops.rope import apply_rope
+
+if TYPE_CHECKING:
+    from model1.nn.context import Context
+
+
+class AttendSpec(NamedTuple):
+    """What a context needs to know to run one layer's attention."""
+
+    value_dim: int
+    softmax_scale: float
+    attn_sink: Tensor | None  # [h] fp32
+    selector: LowRankSelector | None
+
+
+class Attention(nn.Module):
+    """One attention sublayer on t flattened tokens."""
+
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+        super().__init__()
+        a = config.attention
+        self.layer_id = layer_id
+        self.form = a.form
+        self.heads, self.groups = a.num_attention_heads, a.o_groups
+        self.rope_dim, self.eps = a.qk_rope_head_dim, config.rms_norm_eps
+        self.rotary_value, self.value_dim = config.vvpa.rotary_value, config.value_dim
+        self.latent_nope_dim = a.latent_nope_dim
+        self.softmax_scale = a.qk_head_dim**-0.5
+
+        self.wq_a = Linear(config.hidden_size, a.q_lora_rank)
+        self.q_norm = RmsNorm(a.q_lora_rank, self.eps)
+        self.wq_b = Linear(a.q_lora_rank, self.heads * a.qk_head_dim)
+        self.wkv = Linear(config.hidden_size, a.latent_dim)
+        # V3.2 leaves the rotary key outside the normalisation, MODEL1 has it inside.
+        self.kv_norm = RmsNorm(a.latent_dim if a.form == "model1" else a.latent_nope_dim, self.eps)
+        out_dim = self.value_dim
+        if a.form == "v32":
+            assert a.v_head_dim is not None and a.kv_lora_rank is not None
+            out_dim = a.v_head_dim
+            std = a.kv_lora_rank**-0.5
+            self.wk_b = nn.Parameter(
+                torch.randn(self.heads, a.qk_nope_head_dim, a.kv_lora_rank) * std
+            )
+            self.wv_b = nn.Parameter(torch.randn(self.heads, out_dim, a.kv_lora_rank) * std)
+        group_in = self.heads // self.groups * out_dim
+        self.wo_a = nn.Parameter(
+            torch.randn(self.groups, a.o_lora_rank, group_in) * group_in**-0.5
+        )
+        self.wo_b = Linear(self.groups * a.o_lora_rank, config.hidden_size, zero_init=True)
+        self.attn_sink = nn.Parameter(torch.zeros(self.heads)) if a.attn_sink else None
+        self.gate = OutputGate(config) if config.vvpa.output_gate else None
+        self.temperature = LogTemperature(config) if config.vvpa.log_temperature else None
+        self.selector = LowRankSelector(config) if config.sparse is not None else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [t, c] to [t, c]; the context supplies positions and the keys to attend to."""
+        q, kv = self._queries(x, context), self._latent(x, context)
+        spec = AttendSpec(self.value_dim, self.softmax_scale, self.attn_sink, self.selector)
+        out = context.attend(self.layer_id, q, kv, spec).to(x.dtype)
+        if self.rotary_value:
+            nope, rotary = out.split([self.latent_nope_dim, self.rope_dim], dim=-1)
+            out = torch.cat([nope, apply_rope(rotary, context.rotation, inverse=True)], dim=-1)
+        if self.form == "v32":
+            out = torch.einsum("thc,hvc->thv", out, self.wv_b.to(x.dtype))
+        if self.gate is not None:
+            out = out * self.gate(x, context.log_position)[..., None]
+        grouped = out.reshape(len(x), self.groups, -1).transpose(0, 1)
+        low = torch.bmm(grouped, self.wo_a.to(x.dtype).transpose(1, 2))
+        return self.wo_b(low.transpose(0, 1).reshape(len(x), -1))
+
+    def _queries(self, x: Tensor, context: Context) -> Tensor:
+        """Queries in the latent's coordinates, rotated and tempered, [t, h, d]."""
+        q = self.wq_b(self.q_norm(self.wq_a(x))).unflatten(-1, (self.heads, -1))
+        if self.form == "model1":
+            q = rms_norm(q, None, self.eps)
+        nope, rotary = q.split([q.shape[-1] - self.rope_dim, self.rope_dim], dim=-1)
+        if self.form == "v32":
+            nope = torch.einsum("thn,hnc->thc", nope, self.wk_b.to(x.dtype))
+        q = torch.cat([nope, apply_rope(rotary, context.rotation)], dim=-1)
+        if self.temperature is not None:
+            q = q * self.temperature(context.log_position)[..., None].to(q.dtype)
+        return q
+
+    def _latent(self, x: Tensor, context: Context) -> Tensor:
+        """The cached vector of each token, [t, d]: normalised, trailing channels rotated."""
+        kv = self.wkv(x)
+        if self.form == "model1":
+            kv = self.kv_norm(kv)
+        nope, rotary = kv.split([self.latent_nope_dim, self.rope_dim], dim=-1)
+        if self.form == "v32":
+            nope = self.kv_norm(nope)
+        return torch.cat([nope, apply_rope(rotary, context.rotation)], dim=-1)

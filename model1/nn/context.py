@@ -1,0 +1,193 @@
+"""Where a layer's keys come from: the packed rows themselves, or the paged cache.
+
+`FullContext` serves training and scoring (keys are the tokens of the same forward),
+`PagedContext` one engine step. Both give every layer positions, angles and `attend`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model1.config import ModelConfig
+from model1.nn.attention import AttendSpec
+from model1.nn.indexer import ROW_CHUNK
+from model1.ops.dense_attention import dense_attention
+from model1.ops.rope import Rotation, rope_frequencies, rotation, yarn_frequencies
+
+# Query rows of one dense pass on the plain path: bounds the score matrix to rows * h * s.
+DENSE_ROW_CHUNK = 512
+
+
+class Context(Protocol):
+    """What the layers read."""
+
+    rotation: Rotation  # [t, d_rope] each
+    log_position: Tensor  # [t] fp32, ln((i + 1) / L0)
+
+    def attend(self, layer_id: int, q: Tensor, kv: Tensor, spec: AttendSpec) -> Tensor:
+        """Attention of q [t, h, d] given this step's latents kv [t, d]; [t, h, value_dim]."""
+        ...
+
+    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
+        """x [t, w] and its values dilation * j tokens earlier, [t, taps, w], oldest first."""
+        ...
+
+
+def frequencies(config: ModelConfig) -> Tensor:
+    """Angular frequencies of the rotary pairs, YaRN applied where configured."""
+    base = rope_frequencies(config.attention.qk_rope_head_dim, config.attention.rope_theta)
+    yarn = config.vvpa.yarn
+    if yarn is None:
+        return base
+    return yarn_frequencies(
+        base, factor=yarn.factor, original_length=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow,
+    )  # fmt: skip
+
+
+def log_position(positions: Tensor, reference_length: int) -> Tensor:
+    """ln((i + 1) / L0) in fp32."""
+    return torch.log((positions + 1).to(torch.float32) / reference_length)
+
+
+def attend_request(
+    q: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    spec: AttendSpec,
+    keys: RequestKeys,
+) -> Tensor:
+    """All query rows of one request: dense where few tokens are visible, sparse elsewhere."""
+    selector = spec.selector
+    limit = keys.dense_limit
+    if selector is None or limit is None or int((key_end - key_start).max()) <= limit:
+        return _dense_rows(q, key_start, key_end, spec, keys.all())
+    is_dense = key_end - key_start <= limit
+    z, rope, pieces = keys.z, keys.rope(), []
+    for rows in torch.arange(len(q), device=q.device).split(ROW_CHUNK):
+        for part in (rows[is_dense[rows]], rows[~is_dense[rows]]):
+            if len(part) == 0:
+                continue
+            if bool(is_dense[part[0]]):
+                out = _dense_rows(q[part], key_start[part], key_end[part], spec, keys.all())
+            else:
+                end = int(key_end[part].max())  # later keys are invisible to every row
+                out = selector.attend(
+                    q[part], z[:end], rope[:end], keys.fetch, key_start[part], key_end[part],
+                    value_dim=spec.value_dim, softmax_scale=spec.softmax_scale,
+                    attn_sink=spec.attn_sink,
+                ).out  # fmt: skip
+            pieces.append((part, out))
+    order = torch.cat([part for part, _ in pieces]).argsort()
+    return torch.cat([out for _, out in pieces])[order]
+
+
+def _dense_rows(
+    q: Tensor, key_start: Tensor, key_end: Tensor, spec: AttendSpec, kv: Tensor
+) -> Tensor:
+    outs = [
+        dense_attention(
+            q[i : i + DENSE_ROW_CHUNK], kv,
+            key_start[i : i + DENSE_ROW_CHUNK], key_end[i : i + DENSE_ROW_CHUNK],
+            value_dim=spec.value_dim, softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink,
+        )[0]
+        for i in range(0, len(q), DENSE_ROW_CHUNK)
+    ]  # fmt: skip
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class RequestKeys(Protocol):
+    """The cached tokens of one request, fetched as far as an attention pass needs them."""
+
+    dense_limit: int | None  # queries seeing at most this many tokens run dense; None = all
+    z: Tensor  # [s, r] selector vectors
+
+    def all(self) -> Tensor:
+        """Every latent, [s, d]."""
+        ...
+
+    def rope(self) -> Tensor:
+        """Every rotary key, [s, d_rope]."""
+        ...
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Latents at indices [t, k], zeros at -1: [t, k, d]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKeys:
+    """Keys that are a plain tensor."""
+
+    kv: Tensor  # [s, d]
+    z: Tensor
+    d_nope: int
+    dense_limit: int | None
+
+    def all(self) -> Tensor:
+        """See RequestKeys."""
+        return self.kv
+
+    def rope(self) -> Tensor:
+        """See RequestKeys."""
+        return self.kv[:, self.d_nope :]
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """See RequestKeys."""
+        gathered = self.kv[indices.clamp(min=0)]
+        return gathered * (indices >= 0).unsqueeze(-1).to(gathered.dtype)
+
+
+class FullContext:
+    """b packed rows of s tokens; each token sees its own document up to itself."""
+
+    def __init__(self, config: ModelConfig, doc_starts: Tensor, *, dense: bool) -> None:
+        """doc_starts [b, s]: column where each token's document begins; `dense` turns sparsity off."""
+        b, s = doc_starts.shape
+        self.shape = (b, s)
+        column = torch.arange(s, device=doc_starts.device)
+        self.key_start, self.key_end = doc_starts, (column + 1).expand(b, s)
+        self.positions = (column - doc_starts).flatten()
+        self.rotation = rotation(self.positions, frequencies(config).to(doc_starts.device))
+        self.log_position = log_position(self.positions, config.vvpa.reference_length)
+        self.d_nope = config.attention.latent_nope_dim
+        sparse = None if dense else config.sparse
+        self.dense_limit = None if sparse is None or s <= sparse.dense_below else sparse.dense_below
+        self.block_mask: Any = None
+        if doc_starts.is_cuda and self.dense_limit is None:
+            from model1.ops.dense_attention.flex import packed_block_mask
+
+            self.block_mask = packed_block_mask(doc_starts)
+
+    @torch.compiler.disable
+    def attend(self, layer_id: int, q: Tensor, kv: Tensor, spec: AttendSpec) -> Tensor:
+        """See Context."""
+        b, s = self.shape
+        q_rows, kv_rows = q.unflatten(0, (b, s)), kv.unflatten(0, (b, s))
+        if self.block_mask is not None:
+            from model1.ops.dense_attention.flex import flex_dense_attention
+
+            return flex_dense_attention(
+                q_rows, kv_rows, self.block_mask,
+                value_dim=spec.value_dim, softmax_scale=spec.softmax_scale,
+                attn_sink=spec.attn_sink,
+            ).flatten(0, 1)  # fmt: skip
+        outs = []
+        for i in range(b):
+            z = kv_rows[i, :, :0]
+            if spec.selector is not None and self.dense_limit is not None:
+                z = spec.selector.project(kv_rows[i, :, : self.d_nope])
+            keys = TensorKeys(kv_rows[i], z, self.d_nope, self.dense_limit)
+            outs.append(attend_request(q_rows[i], self.key_start[i], self.key_end[i], spec, keys))
+        return torch.cat(outs)
+
+    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
+        """See Context."""
+        t = torch.arange(len(x), device=x.device)
+        back = torch.arange(taps - 1, -1, -1, device=x.device) * dilation
+        inside = self.positions[:, None] >= back
+        return x[(t[:, None] - back).clamp(min=0)] * inside.unsqueeze(-1).to(x.dtype)

@@ -1,0 +1,79 @@
+"""Hyper-connection weights of one sublayer, and of the exit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model1.config import ModelConfig
+from model1.ops.mhc import (
+    MhcCoefficients,
+    mhc_coefficients,
+    mhc_collapse,
+    mhc_head,
+    mhc_write_back,
+)
+
+ALPHA_INIT = 0.01  # arXiv 2512.24880, initial gate of the input-dependent part
+
+
+class HyperConnection(nn.Module):
+    """Collapse the streams before a sublayer and write its result back after it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.mhc is not None
+        n = config.mhc.hc_mult
+        self.iters, self.eps = config.mhc.hc_sinkhorn_iters, config.mhc.hc_eps
+        self.norm_eps = config.rms_norm_eps
+        width = n * config.hidden_size
+        self.fn = nn.Parameter(torch.randn(n * n + 2 * n, width) * width**-0.5)
+        self.scale = nn.Parameter(torch.full((3,), ALPHA_INIT))
+        base = torch.zeros(n * n + 2 * n)
+        base[2 * n :] = (config.mhc.res_init * torch.eye(n)).flatten()
+        self.base = nn.Parameter(base)
+        group = [0] * n + [1] * n + [2] * (n * n)
+        self.register_buffer("group", torch.tensor(group), persistent=False)
+
+    def coefficients(self, x: Tensor) -> MhcCoefficients:
+        """Mixing weights from the streams x [t, n, c]."""
+        return mhc_coefficients(
+            x, self.fn, self.scale[self.group], self.base,
+            iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
+        )  # fmt: skip
+
+    def collapse(self, x: Tensor, weights: MhcCoefficients) -> Tensor:
+        """Sublayer input [t, c]."""
+        return mhc_collapse(x, weights.pre)
+
+    def write_back(self, x: Tensor, y: Tensor, weights: MhcCoefficients) -> Tensor:
+        """New streams [t, n, c] from the sublayer's output y [t, c]."""
+        return mhc_write_back(x, y, weights.post, weights.comb)
+
+
+class HyperHead(nn.Module):
+    """Learned collapse of the streams before the final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.mhc is not None
+        n = config.mhc.hc_mult
+        self.eps, self.norm_eps = config.mhc.hc_eps, config.rms_norm_eps
+        width = n * config.hidden_size
+        self.fn = nn.Parameter(torch.randn(n, width) * width**-0.5)
+        self.scale = nn.Parameter(torch.full((1,), ALPHA_INIT))
+        self.base = nn.Parameter(torch.zeros(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Streams [t, n, c] to [t, c]."""
+        weights = mhc_head(
+            x, self.fn, self.scale, self.base, eps=self.eps, norm_eps=self.norm_eps
+        )
+        return mhc_collapse(x, weights)
+
+
+def sinkhorn_error(weights: MhcCoefficients) -> Tensor:
+    """Largest distance of any row or column sum of comb from 1, a scalar for the training log."""
+    rows = (weights.comb.sum(dim=-1) - 1.0).abs().amax()
+    columns = (weights.comb.sum(dim=-2) - 1.0).abs().amax()
+    return torch.maximum(rows, columns)

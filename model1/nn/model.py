@@ -1,0 +1,190 @@
+"""Model1 as a whole: embedding, blocks, head; full causal forward and one engine step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model1.config import ModelConfig
+from model1.errors import ConfigError
+from model1.nn.block import Block
+from model1.nn.context import Context, FullContext
+from model1.nn.engram import Engram, ngram_windows
+from model1.nn.kv import CacheKind, KVCache, allocate
+from model1.nn.layers import Linear, RmsNorm
+from model1.nn.metadata import AttentionMetadata
+from model1.nn.mhc import HyperHead, sinkhorn_error
+from model1.nn.moe import MixtureOfExperts
+from model1.nn.mtp import MultiTokenPrediction
+from model1.nn.paged import PagedContext
+from model1.ops.engram import build_hash_specs, check_compression_table
+
+
+class Model(nn.Module):
+    """A Model1 network.
+
+    compression_table: [vocab_size] int64 of the tokenizer (`Tokenizer.compression_table()`),
+    required exactly when the configuration has Engram; a table of another size is a ConfigError.
+    """
+
+    compression_table: Tensor
+
+    def __init__(
+        self, config: ModelConfig, *, compression_table: np.ndarray | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        if (compression_table is None) != (config.engram is None):
+            raise ConfigError("compression_table must be given exactly when the config has engram")
+        specs = {}
+        if config.engram is not None:
+            assert compression_table is not None
+            check_compression_table(compression_table, config.engram)
+            if len(compression_table) != config.vocab_size:
+                raise ConfigError(
+                    f"compression_table must have vocab_size {config.vocab_size} entries, "
+                    f"got {len(compression_table)}"
+                )
+            specs = build_hash_specs(config.engram)
+            table = torch.from_numpy(np.ascontiguousarray(compression_table, dtype=np.int64))
+            self.register_buffer("compression_table", table, persistent=False)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed.weight, std=config.hidden_size**-0.5)
+        self.layers = nn.ModuleList(
+            Block(config, i, specs.get(i)) for i in range(config.num_hidden_layers)
+        )
+        self.mhc_head = HyperHead(config) if config.mhc is not None else None
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size)
+        )
+        self.mtp = MultiTokenPrediction(config) if config.num_nextn_predict_layers else None
+
+    # --- full causal forward -------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, *, doc_starts: Tensor | None = None) -> Tensor:
+        """Logits [b, s, vocab] fp32 of input_ids [b, s] int64; see `forward_hidden`."""
+        hidden, _ = self.forward_hidden(input_ids, doc_starts=doc_starts)
+        return self.logits(hidden)
+
+    def forward_hidden(
+        self, input_ids: Tensor, *, doc_starts: Tensor | None = None, dense: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Final hidden states [b, s, c] and auxiliary scalars.
+
+        doc_starts: [b, s] int64, the column where each token's document begins; None = one
+        document per row. dense: attend to every visible token, whatever the sparse config says.
+        Under torch.autocast the activations take its dtype.
+        """
+        b, s = input_ids.shape
+        if doc_starts is None:
+            doc_starts = torch.zeros_like(input_ids)
+        device_type, dtype = input_ids.device.type, self.embed.weight.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            context = FullContext(self.config, doc_starts, dense=dense)
+            ids = input_ids.flatten()
+            ngrams = ngram_windows(ids, context.positions, self._ngram_size)
+            x = self._run(ids, ngrams, context, dtype)
+            aux = {}
+            if self.mtp is not None and self.training:
+                following = F.embedding(ids.roll(-1), self.embed.weight).to(dtype)
+                aux["mtp_hidden"] = self.mtp(x, following, context).unflatten(0, (b, s))
+        return x.unflatten(0, (b, s)), aux
+
+    # --- one engine step -----------------------------------------------------------------
+
+    def allocate_kv_cache(self, num_blocks: int, block_size: int, kind: CacheKind) -> KVCache:
+        """An empty paged cache on the model's device."""
+        return allocate(self.config, num_blocks, block_size, kind, self.embed.weight.device)
+
+    def forward_paged(self, meta: AttentionMetadata, kv_cache: KVCache) -> Tensor:
+        """Logits [n, vocab] fp32 of meta.logits_rows; writes this step's keys into the cache."""
+        context = PagedContext(self.config, meta, kv_cache)
+        x = self._run(
+            meta.token_ids, meta.ngram_token_ids, context, self.embed.weight.dtype, meta.logits_rows
+        )
+        return self.logits(x)
+
+    # --- parts ---------------------------------------------------------------------------
+
+    @property
+    def _ngram_size(self) -> int:
+        return 1 if self.config.engram is None else self.config.engram.engram_max_ngram_size
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocab, c]: the head, or the embedding when they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits of final hidden states."""
+        return F.linear(hidden, self.output_weight.to(hidden.dtype)).float()
+
+    def _run(
+        self,
+        token_ids: Tensor,
+        ngram_token_ids: Tensor,
+        context: Context,
+        dtype: torch.dtype,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Embedding to final norm, [t, c], or only the given rows of it."""
+        x = F.embedding(token_ids, self.embed.weight).to(dtype)
+        x = x[:, None].expand(-1, self.config.num_streams, -1)
+        for layer in self.layers:
+            engram = layer.engram
+            memory = None
+            if isinstance(engram, Engram):
+                memory = engram.rows(ngram_token_ids, self.compression_table)
+            x = layer(x, memory, context)
+        x = x if rows is None else x[rows]
+        return self.norm(x[:, 0] if self.mhc_head is None else self.mhc_head(x))
+
+    def after_optimizer_step(self) -> None:
+        """Keep what the optimiser must not move: orthonormal bases; and balance the experts."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.update_balance()
+
+    @torch.no_grad()
+    def diagnostics(self, input_ids: Tensor) -> dict[str, float]:
+        """Sinkhorn error of every hyper-connection on input_ids [b, s]; the worst of them."""
+        errors: list[Tensor] = []
+        handles = []
+        for module in self.modules():
+            if hasattr(module, "coefficients"):
+                original = module.coefficients
+
+                def wrapped(x: Tensor, original=original) -> object:
+                    weights = original(x)
+                    errors.append(sinkhorn_error(weights))
+                    return weights
+
+                handles.append((module, original))
+                module.coefficients = wrapped
+        try:
+            self.forward_hidden(input_ids, dense=True)
+        finally:
+            for module, _ in handles:
+                del module.coefficients
+        return {"sinkhorn_error": float(torch.stack(errors).max())} if errors else {}
+
+    def num_parameters(self) -> dict[str, int]:
+        """Counts: "total" and of it "tables" (Engram rows, trainable or stored)."""
+        tables = 0
+        stored = 0
+        for module in self.modules():
+            if isinstance(module, Engram):
+                table = module.table
+                if table.weight is not None:
+                    tables += table.weight.numel()
+                elif table.store is not None:
+                    stored += table.store.num_rows * table.store.dim
+        total = sum(p.numel() for p in self.parameters()) + stored
+        return {"total": total, "tables": tables + stored}

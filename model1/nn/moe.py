@@ -1,0 +1,65 @@
+"""Feed-forward sublayers: dense SwiGLU, and DeepSeekMoE with shared and routed experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model1.config import ModelConfig
+from model1.nn.layers import Linear
+from model1.ops.activation import swiglu
+from model1.ops.moe import moe_experts, moe_route
+
+BALANCE_STEP = 1e-3  # bias update per optimiser step, DeepSeek-V3 (arXiv 2412.19437)
+
+
+class FeedForward(nn.Module):
+    """w2 (silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.limit = config.swiglu_limit
+        self.w1 = Linear(config.hidden_size, intermediate_size)
+        self.w3 = Linear(config.hidden_size, intermediate_size)
+        self.w2 = Linear(intermediate_size, config.hidden_size, zero_init=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, c] to [t, c]."""
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared experts plus the chosen routed ones; a per-expert bias evens out the load."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        moe = config.moe
+        assert moe is not None
+        self.moe, self.limit = moe, config.swiglu_limit
+        c, m, e = config.hidden_size, moe.moe_intermediate_size, moe.n_routed_experts
+        self.gate = Linear(c, e)
+        self.balance_bias = nn.Parameter(torch.zeros(e), requires_grad=False)
+        self.gate_up = nn.Parameter(torch.randn(e, 2 * m, c) * c**-0.5)
+        self.down = nn.Parameter(torch.zeros(e, c, m))
+        shared = moe.n_shared_experts
+        self.shared_experts = FeedForward(config, shared * m) if shared else None
+        self.register_buffer("load", torch.zeros(e), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, c] to [t, c]; in training the tokens per expert are counted for the balance."""
+        weights, expert_ids = moe_route(
+            self.gate(x), self.balance_bias,
+            topk=self.moe.num_experts_per_tok, scaling=self.moe.routed_scaling_factor,
+        )  # fmt: skip
+        if self.training:
+            self.load += torch.bincount(expert_ids.flatten(), minlength=len(self.load))
+        out = moe_experts(
+            x, weights, expert_ids, self.gate_up, self.down, swiglu_limit=self.limit
+        )
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+    @torch.no_grad()
+    def update_balance(self) -> None:
+        """Raise the bias of experts that got less than their share, lower the others'."""
+        self.balance_bias += BALANCE_STEP * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()

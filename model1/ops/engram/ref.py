@@ -1,0 +1,89 @@
+"""Engram in plain PyTorch: any device, differentiable, traceable by torch.compile.
+
+No data-dependent Python control flow and no shape checks: `model1.ops.engram` has checked.
+Every output row depends on its own input row only, by the same operations whatever the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.linalg import vecdot
+
+# Below this |s| the signed square root is constant, so that its slope stays finite.
+# Source: arXiv 2601.07372, released code.
+GATE_SCORE_MIN = 1e-6
+
+
+def engram_hash_ref(
+    ngram_token_ids: Tensor,
+    compression_table: Tensor,
+    multipliers: Tensor,
+    table_sizes: Tensor,
+    table_offsets: Tensor,
+    pad_token_id: int,
+) -> Tensor:
+    """Oracle of `engram_hash`; int64 throughout."""
+    num_orders = ngram_token_ids.shape[1] - 1
+    # Latched: behind the first negative id every place counts as pad.
+    dead = (ngram_token_ids < 0).cumsum(1) > 0
+    compressed = compression_table.take(ngram_token_ids.masked_fill(dead, pad_token_id))
+    mix, *terms = (compressed * multipliers).unbind(1)
+    mixes: list[Tensor] = []
+    for term in terms:
+        mix = mix ^ term
+        mixes.append(mix)
+    # [t, N-1, 1] against [N-1, K]: the heads of one order differ in their prime only.
+    rows = torch.stack(mixes, dim=1).unsqueeze(2) % table_sizes.view(num_orders, -1)
+    return rows.flatten(1) + table_offsets
+
+
+def engram_gate_ref(
+    h: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_weight: Tensor,
+    live: Tensor | None,
+    eps: float,
+    signed_sqrt: bool,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of `engram_gate`; fp32, or fp64 when h is fp64."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    query, key, dim = h.to(dtype), key.to(dtype), h.shape[-1]
+    # 1 / rms = sqrt(d) / norm for each side; with the score's 1 / sqrt(d), sqrt(d) remains.
+    # The two roots stay apart: under a tiny eps the product of the squares would underflow.
+    query_scale = (vecdot(query, query) + eps * dim).rsqrt()
+    key_scale = (vecdot(key, key) + eps * dim).rsqrt()
+    score = vecdot(query * norm_weight.to(dtype), key) * query_scale * key_scale * dim**0.5
+    if signed_sqrt:
+        # clamp passes no gradient where it acts, and sign never does.
+        score = score.sign() * score.abs().clamp(min=GATE_SCORE_MIN).sqrt()
+    gate = score.sigmoid()
+    if live is not None:
+        gate = gate * live.unsqueeze(-1)
+    out = gate.unsqueeze(-1) * value.to(dtype).unsqueeze(1)
+    return out.to(h.dtype), gate
+
+
+def engram_short_conv_ref(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    """Oracle of `engram_short_conv`; fp32, or fp64 when x is fp64."""
+    num_tokens, num_taps, channels = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    branches = x.to(dtype).view(num_tokens, num_taps, *norm_weight.shape)
+    rstd = torch.rsqrt(branches.square().mean(-1, keepdim=True) + eps)
+    normed = (branches * rstd * norm_weight.to(dtype)).view(num_tokens, num_taps, channels)
+    taps = weight.to(dtype).unbind(1)
+    # Added tap by tap: a library sum may pick its order by shape, and a token must not change
+    # with the size of the chunk it is computed in.
+    total = normed[:, 0] * taps[0]
+    for tap in range(1, num_taps):
+        total = total + normed[:, tap] * taps[tap]
+    return F.silu(total).to(x.dtype)
+
+
+def conv_window_ref(x: Tensor, source_rows: Tensor) -> Tensor:
+    """Oracle of `conv_window`."""
+    absent = (source_rows < 0).unsqueeze(-1)
+    window = x.index_select(0, source_rows.clamp(min=0).flatten())
+    return window.view(*source_rows.shape, x.shape[-1]).masked_fill(absent, 0.0)

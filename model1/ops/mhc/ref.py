@@ -1,0 +1,53 @@
+"""Plain PyTorch manifold-constrained hyper-connections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sinkhorn_ref(logits: Tensor, *, iters: int, eps: float) -> Tensor:
+    """See `model1.ops.mhc.sinkhorn`."""
+    comb = torch.softmax(logits, dim=-1) + eps
+    comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    return comb
+
+
+def mhc_coefficients_ref(
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *, iters: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `model1.ops.mhc.mhc_coefficients`."""
+    n = x.shape[1]
+    flat = x.flatten(1).float()
+    inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
+    # Multiplying before dividing by the rms gives the same numbers for one pass less.
+    z = (flat @ phi.float().T) * inverse_rms
+    z = torch.addcmul(bias.float(), z, scale.float())
+    pre = torch.sigmoid(z[:, :n]) + eps
+    post = 2.0 * torch.sigmoid(z[:, n : 2 * n])
+    comb = sinkhorn_ref(z[:, 2 * n :].unflatten(-1, (n, n)), iters=iters, eps=eps)
+    return pre, post, comb
+
+
+def mhc_head_ref(
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *, eps: float, norm_eps: float
+) -> Tensor:
+    """See `model1.ops.mhc.mhc_head`."""
+    flat = x.flatten(1).float()
+    inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
+    z = torch.addcmul(bias.float(), (flat @ phi.float().T) * inverse_rms, scale.float())
+    return torch.sigmoid(z) + eps
+
+
+def mhc_collapse_ref(x: Tensor, pre: Tensor) -> Tensor:
+    """See `model1.ops.mhc.mhc_collapse`."""
+    return torch.bmm(pre.to(x.dtype)[:, None, :], x)[:, 0]
+
+
+def mhc_write_back_ref(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """See `model1.ops.mhc.mhc_write_back`."""
+    mixed = torch.bmm(comb.transpose(1, 2).to(x.dtype), x)
+    return torch.addcmul(mixed, post.to(x.dtype)[:, :, None], y[:, None, :])

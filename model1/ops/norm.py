@@ -1,0 +1,12 @@
+"""Root-mean-square normalisation."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x**2, last axis) + eps) * weight, in the dtype of x; weight None means 1."""
+    weight = None if weight is None else weight.to(x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)

@@ -1,0 +1,42 @@
+"""Plain PyTorch low-rank remainder of the softmax and the merge of two passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def remainder_ref(
+    scores: Tensor,
+    z: Tensor,
+    k_rope: Tensor,
+    basis: Tensor,
+    mean: Tensor,
+    *,
+    in_rest: Tensor,
+    rotary_value: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `model1.ops.remainder.remainder`."""
+    t, h, s = scores.shape
+    scores = scores.masked_fill(~in_rest[:, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    total = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
+    weights = torch.exp(scores - total.unsqueeze(-1)).to(z.dtype)
+    rest = torch.cat([z, k_rope], dim=-1) if rotary_value else z
+    summed = (weights.view(t * h, s) @ rest).view(t, h, -1)
+    rank = z.shape[-1]
+    mass = weights.sum(dim=-1, keepdim=True)
+    nope = summed[..., :rank] @ basis.to(z.dtype) + mass * mean.to(z.dtype)
+    return torch.cat([nope, summed[..., rank:]], dim=-1), lse
+
+
+def merge_ref(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, attn_sink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `model1.ops.remainder.merge`."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    total = lse if attn_sink is None else torch.logaddexp(lse, attn_sink.to(lse.dtype))
+    total = torch.where(torch.isneginf(total), torch.zeros_like(total), total)
+    weight_a = torch.exp(lse_a - total).unsqueeze(-1).to(out_a.dtype)
+    weight_b = torch.exp(lse_b - total).unsqueeze(-1).to(out_b.dtype)
+    return out_a * weight_a + out_b * weight_b, lse

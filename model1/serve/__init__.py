@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server on top of the engine."""

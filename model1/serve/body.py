@@ -1,0 +1,97 @@
+"""Reading a request: the body within its limits, strict JSON, and noticing that the client left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from model1.serve.config import Limits
+from model1.serve.errors import ApiError, from_validation
+
+T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
+
+
+async def read_request(request: Request, kind: type[B], limits: Limits) -> B:
+    """The body as a checked `kind`; raises ApiError 400, 408, 413 or 415."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        # Browsers send other types across origins without asking the server first.
+        raise ApiError(415, "the Content-Type header must be application/json")
+    data = parse_json(await _read_body(request, limits))
+    if not isinstance(data, dict):
+        raise ApiError(400, "the request body must be a JSON object")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    declared = request.headers.get("content-length", "0")
+    limit = limits.max_body_bytes
+    too_large = ApiError(413, f"the request body is larger than {limit} bytes")
+    if not declared.isdigit() or int(declared[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body took longer than {limits.body_timeout_s:g} s") from None
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """RFC 8259 JSON; NaN, Infinity, lone surrogates, bad UTF-8 and repeated keys are errors."""
+    try:
+        value = orjson.loads(body)
+        # orjson keeps the last of repeated keys; another reader on the way may keep the first.
+        json.loads(body, object_pairs_hook=_refuse_repeats, parse_int=_skip, parse_float=_skip)
+    except ValueError as error:
+        raise ApiError(400, f"the request body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the request body is not valid JSON: nested too deeply") from None
+    return value
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> None:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("an object repeats a key")
+
+
+def _skip(_: str) -> None:
+    return None
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; when the client leaves first, `work` is cancelled.
+
+    Raises ClientDisconnect then. The request body must have been read.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,52 @@
+"""How the server listens and what it allows. The engine has its own config and sees none of this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model1.errors import ConfigError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds that keep one client from harming the others."""
+
+    max_body_bytes: int = 2 * MIB
+    body_timeout_s: float = 10.0  # to send a whole request body
+    header_timeout_s: float = 10.0  # to send a whole request head
+    max_header_bytes: int = 16 * 1024
+    max_connections: int = 1024
+    max_active_sequences: int = 256  # running and queued; beyond it the answer is 503
+    max_sequences_per_request: int = 128  # prompts times n
+    hang_timeout_s: float = 60.0  # a step older than this makes the server not ready
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Options of `model1 serve` that concern HTTP; the field names are its flags."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 = any free one
+    served_model_name: str | None = None  # None = the checkpoint folder's name
+    api_key: str | None = field(default=None, repr=False)  # None = no key asked for
+    shutdown_timeout: float = 30.0  # seconds that running requests get after SIGTERM
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in [0, 65535], got {self.port}")
+        if not 0.0 <= self.shutdown_timeout <= 3600.0:
+            raise ConfigError(
+                f"shutdown_timeout must be in [0, 3600] seconds, got {self.shutdown_timeout}"
+            )
+        name = self.served_model_name
+        if name is not None and not 1 <= len(name) <= 256:
+            raise ConfigError(f"served_model_name must have 1 to 256 characters, got {len(name)}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("api_key must be printable ASCII")
+        if self.api_key == "":
+            raise ConfigError("api_key must not be empty; leave it out to ask for no key")

@@ -1,0 +1,85 @@
+"""What a user gets from `pip install`: a wheel with every module, and no GPU or hub packages."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from line_budget import ROOT, python_files
+
+NOT_BY_DEFAULT = re.compile(r"^(nvidia|cuda|triton|transformers|openai|pytest)", re.IGNORECASE)
+NOT_IN_LOCK = re.compile(r"^(nvidia|cuda|triton|transformers)", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def read(wheel: zipfile.ZipFile, name: str) -> str:
+    (member,) = (n for n in wheel.namelist() if n.endswith(f".dist-info/{name}"))
+    return wheel.read(member).decode()
+
+
+@pytest.fixture
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    return Parser().parsestr(read(wheel, "METADATA"))
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = {n for n in wheel.namelist() if ".dist-info/" not in n}
+    assert {str(p.relative_to(ROOT)) for p in python_files("model1")} <= names
+    assert "model1/py.typed" in names
+    assert {Path(n).parts[0] for n in names} == {"model1"}
+
+
+def test_metadata_names_the_distribution(metadata: Message) -> None:
+    assert metadata["Name"] == "model1-llm"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
+    assert {"serve", "gpu", "hf", "eval", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+
+
+def test_default_install_is_small(metadata: Message) -> None:
+    required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    assert any(r.startswith("fastapi") for r in required)  # the server is part of it
+    assert [r for r in required if NOT_BY_DEFAULT.match(r)] == []
+
+
+def test_console_script_points_at_a_function(wheel: zipfile.ZipFile) -> None:
+    match = re.search(r"^model1 = ([\w.]+):(\w+)$", read(wheel, "entry_points.txt"), re.MULTILINE)
+    assert match is not None
+    assert callable(getattr(importlib.import_module(match[1]), match[2]))
+
+
+def test_lock_has_no_gpu_and_hub_packages() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    packages = [line for line in lines if line and not line.startswith((" ", "#"))]
+    assert len(packages) > 40
+    assert all("==" in line for line in packages)
+    assert [line for line in packages if NOT_IN_LOCK.match(line)] == []
+
+
+def test_lock_covers_every_declared_dependency(metadata: Message) -> None:
+    locked = set(
+        re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    )
+    declared = {
+        re.split(r"[^\w.-]", r)[0].lower()
+        for r in metadata.get_all("Requires-Dist", [])
+        if "extra ==" not in r or "extra == 'dev'" in r
+    }
+    assert declared - {"model1-llm"} <= locked
