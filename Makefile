@@ -12,8 +12,10 @@ READY = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 BIN = $(if $(READY),$(VENV)/bin/)
 TORCH = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.lock)
 UV = $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
-MODEL1 = $(PY) -c "import sys; from model1.cli.main import main; sys.exit(main())"
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+
+# Start-up is a second slower where the environment forbids Python to keep its bytecode.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo serve test test-gpu check format-check lint types imports lines format lock clean
 .DEFAULT_GOAL = help
@@ -31,13 +33,13 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -q $(UV)
 	@if [ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then \
-	  $(PIP) install -q --no-compile $(TORCH); \
+	  $(PIP) install -q $(TORCH); \
 	else \
-	  $(PIP) install -q --no-compile --no-deps $(TORCH)+cpu 2>/dev/null || { \
+	  $(PIP) install -q --no-deps $(TORCH)+cpu 2>/dev/null || { \
 	  echo "$(TORCH)+cpu is not in the configured package sources; asking PyTorch's index"; \
-	  $(PIP) install -q --no-compile --no-deps $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu; }; \
+	  $(PIP) install -q --no-deps $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu; }; \
 	fi
-	@$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python -r requirements.lock
+	@$(VENV)/bin/uv pip install -q --compile-bytecode --python $(VENV)/bin/python -r requirements.lock
 	@$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps --editable .
 	@touch $@
 
@@ -45,7 +47,7 @@ demo: $(READY)
 	@$(PY) -m model1.cli.demo $(ARGS)
 
 serve: $(READY)
-	@$(MODEL1) serve $(ARGS)
+	@$(PY) -m model1.cli serve $(ARGS)
 
 test: check
 	@$(PY) -m pytest -n 2 --dist loadgroup --slow

@@ -138,7 +138,7 @@ def code_small(*, compressed_vocab_size: int) -> ModelConfig:
             reference_length=512,
         ),
         sparse=SparseConfig(index_rank=16, index_topk=512, core_fraction=0.09, dense_below=2048),
-        mhc=MhcConfig(hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6, res_init=5.0),
+        mhc=MhcConfig(hc_mult=4, hc_sinkhorn_iters=8, hc_eps=1e-6, res_init=5.0),
         moe=None,
         engram=EngramConfig(
             engram_layer_ids=(1, 3),

@@ -11,10 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY_LINES = 9000  # all of model1/; growth is explained in the change that needs it
+LIBRARY_LINES = 14000  # all of model1/; growth is explained in the change that needs it
+FOLDERS = ("model1", "tests", "tools", "examples")
 FILE_LINES = 300
 TEST_FILE_LINES = 400
 FUNCTION_LINES = 40  # from `def` to the last line, the docstring not counted
+TABLES = ("presets.py",)  # each function is one constructor call: no limit on its length
 INIT_LINES = 40  # exports only
 OP_INIT_LINES = 150  # an operator's contract: docstrings, checks, dispatch
 
@@ -26,7 +28,7 @@ def num_lines(path: Path) -> int:
 def file_limit(path: Path) -> int:
     """The limit of one file, by its place in the tree."""
     parts = path.relative_to(ROOT).parts
-    if parts[0] != "model1":
+    if parts[0] == "tests":
         return TEST_FILE_LINES
     if path.name != "__init__.py":
         return FILE_LINES
@@ -55,11 +57,11 @@ def python_files(folder: str) -> list[Path]:
 def violations() -> list[str]:
     """One line per broken limit; empty when all hold."""
     found = []
-    for path in [*python_files("model1"), *python_files("tests")]:
+    for path in [path for folder in FOLDERS for path in python_files(folder)]:
         where = path.relative_to(ROOT)
         if num_lines(path) > file_limit(path):
             found.append(f"{where}: {num_lines(path)} lines, at most {file_limit(path)}")
-        if where.parts[0] == "model1":
+        if where.parts[0] != "tests" and path.name not in TABLES:
             for name, line, length in long_functions(path):
                 found.append(f"{where}:{line}: {name} has {length} lines, at most {FUNCTION_LINES}")
     total = sum(map(num_lines, python_files("model1")))

@@ -18,18 +18,17 @@ UNSAFE_CALLS = {"eval", "exec", "torch.load"}
 CORE = ("ops", "nn", "cache", "weights", "engine", "train", "memory", "tokenizer", "config")
 
 CORE_WITHOUT_EXTRAS = """
-import importlib, importlib.abc, sys
+import importlib, importlib.machinery, sys
 BLOCKED = {"fastapi", "starlette", "pydantic", "typer", "uvicorn", "orjson", "transformers",
            "triton", "rich", "tqdm", "matplotlib", "jinja2", "openai", "pytest"}
-class Block(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        # torch probes for some of these by itself and does without them.
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"blocked: {name}", name=name)
-        return None
-sys.meta_path.insert(0, Block())
+find = importlib.machinery.PathFinder.find_spec
+# As if not installed, also for code that asks find_spec before it imports.
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None:
+    None if name.partition(".")[0] in BLOCKED else find(name, path, target))
 for module in sys.argv[1:]:
     importlib.import_module(module)
+assert not BLOCKED & sys.modules.keys(), BLOCKED & sys.modules.keys()
 """
 
 SIDE_EFFECTS = """
@@ -38,7 +37,8 @@ before = dict(os.environ)
 for module in sys.argv[1:]:
     importlib.import_module(module)
 import torch
-assert dict(os.environ) == before, "environment changed"
+changed = dict(os.environ).items() ^ before.items()
+assert not changed, changed
 assert threading.active_count() == 1, threading.enumerate()
 assert torch.get_default_dtype() == torch.float32
 assert not torch.cuda.is_initialized()
@@ -56,7 +56,7 @@ def modules(folders: tuple[str, ...]) -> list[str]:
 
 
 def text_files() -> list[Path]:
-    folders = ["model1", "tests", "docs", "configs", "examples", ".ci"]
+    folders = ["model1", "tests", "docs", "configs", "tools", "examples", ".ci"]
     found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*")) if p.is_file()]
     found += [p for p in ROOT.iterdir() if p.is_file()]
     return [p for p in found if p.suffix in TEXT_SUFFIXES and "__pycache__" not in p.parts]

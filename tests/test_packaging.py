@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from line_budget import ROOT, python_files
 
 NOT_BY_DEFAULT = re.compile(r"^(nvidia|cuda|triton|transformers|openai|pytest)", re.IGNORECASE)
+# Imports that belong to a declared distribution of another name, or to an optional extra.
+BELONGS_TO = {"pydantic_core": "pydantic", "matplotlib": "[eval]", "openai": "[dev]"}
 NOT_IN_LOCK = re.compile(r"^(nvidia|cuda|triton|transformers)", re.IGNORECASE)
 
 
@@ -57,6 +60,22 @@ def test_default_install_is_small(metadata: Message) -> None:
     required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert any(r.startswith("fastapi") for r in required)  # the server is part of it
     assert [r for r in required if NOT_BY_DEFAULT.match(r)] == []
+
+
+def test_every_import_is_declared(metadata: Message) -> None:
+    required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    declared = {re.split(r"[^\w-]", r)[0] for r in required} | {"model1", "[eval]", "[dev]"}
+    declared |= set(sys.stdlib_module_names)
+    found = {BELONGS_TO.get(name, name) for path in python_files("model1") for name in roots(path)}
+    assert found - declared == set()
+
+
+def roots(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, at any depth."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.partition(".")[0] for name in names}
 
 
 def test_console_script_points_at_a_function(wheel: zipfile.ZipFile) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from line_budget import ROOT
+from line_budget import ROOT, python_files
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODEL1 = [sys.executable, "-c", "import sys; from model1.cli.main import main; sys.exit(main())"]
+MODEL1 = [sys.executable, "-m", "model1.cli"]
 SERVED_AT = "http://127.0.0.1:8000"
 
 # Each command of the README and the test that runs it; one without a test fails below.
@@ -25,7 +25,6 @@ COMMANDS = {
     "make demo": "test_make_demo",
     "make test": "test_make_test_runs_the_checks_and_every_test",
     "make serve": "server",
-    ". .venv/bin/activate": "test_activation_is_what_make_sets_up",
     "curl": "test_curl_command",
     "model1 generate": "test_command_line",
     "model1 chat": "test_chat_command",
@@ -147,6 +146,12 @@ def test_links_and_named_files_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_every_environment_variable_is_documented() -> None:
+    source = "".join(p.read_text(encoding="utf-8") for p in python_files("model1"))
+    read = set(re.findall(r"[\"'](MODEL1_[A-Z_]+)[\"']", source))
+    assert read == set(re.findall(r"`(MODEL1_[A-Z_]+)`", README))
+
+
 def test_make_test_runs_the_checks_and_every_test() -> None:
     plan = run(make("test", "--dry-run"), timeout_s=60).stdout
     for part in ("ruff format --check", "ruff check", "pyright", "lint-imports", "line_budget"):
@@ -157,6 +162,7 @@ def test_make_test_runs_the_checks_and_every_test() -> None:
 
 
 def test_activation_is_what_make_sets_up() -> None:
+    assert "`. .venv/bin/activate`" in README
     assert "VENV ?= .venv\n" in (ROOT / "Makefile").read_text()
 
 
@@ -210,6 +216,8 @@ def test_chat_command() -> None:
 
 @pytest.mark.slow
 @one_worker
-def test_train_command() -> None:
+def test_train_command(tmp_path: Path) -> None:
     arguments = shlex.split(command("model1 train"))[1:]
+    arguments += ["--set", f"out_dir={tmp_path / 'run'}", "--set", f"data.cache_dir={tmp_path}"]
     run([*MODEL1, *arguments], timeout_s=280)
+    assert any((tmp_path / "run").iterdir())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from model1.errors import ConfigError
+from model1.errors import ConfigError, RequestError
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,7 +36,7 @@ def with_flags(*groups: tuple[type, Mapping[str, Flag]]) -> Callable[[F], F]:
             hints = typing.get_type_hints(config)
             by_name = {field.name: field for field in fields(config)}
             parameters += [_parameter(by_name[n], hints[n], flag) for n, flag in flags.items()]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(parameters)
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
 
@@ -56,9 +56,11 @@ def _parameter(field: Field[Any], hint: Any, flag: Flag) -> inspect.Parameter:
     )
 
 
-def from_flags(config: type[C], flags: Mapping[str, Flag], values: Mapping[str, Any]) -> C:
+def from_flags(
+    config: type[C], flags: Iterable[str], values: Mapping[str, Any], **others: Any
+) -> C:
     """The config that the flags spell. A value it refuses is a usage error: exit code 2."""
     try:
-        return config(**{name: values[name] for name in flags})
-    except ConfigError as error:
+        return config(**{name: values[name] for name in flags}, **others)
+    except (ConfigError, RequestError) as error:
         raise typer.BadParameter(str(error)) from error

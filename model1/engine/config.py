@@ -16,6 +16,7 @@ import torch
 
 from model1.config import ModelConfig
 from model1.errors import ConfigError, DeviceError
+from model1.ops.kv_cache.layout import kv_layout
 
 logger = logging.getLogger(__name__)
 
@@ -66,38 +67,48 @@ class EngineConfig:
             )
 
 
-def resolve(
-    config: EngineConfig, model_config: ModelConfig, *, has_cuda: bool | None = None
-) -> EngineConfig:
-    """The config with every "auto" and None but `num_blocks` filled in.
+def resolve_placement(config: EngineConfig, *, has_cuda: bool | None = None) -> EngineConfig:
+    """The config with device and dtype filled in: what is needed to load a model.
 
-    `has_cuda` None asks PyTorch. Raises DeviceError when cuda is asked for and absent, ConfigError
-    when max_model_len exceeds the model's positions. A resolved config comes back unchanged.
+    `has_cuda` None asks PyTorch. Raises DeviceError when cuda is asked for and absent.
     """
     has_cuda = torch.cuda.is_available() if has_cuda is None else has_cuda
     if config.device == "cuda" and not has_cuda:
         raise DeviceError("device 'cuda' was asked for, but PyTorch finds no CUDA device")
     device = ("cuda" if has_cuda else "cpu") if config.device == "auto" else config.device
-    is_cuda = device == "cuda"
+    dtype = ("bf16" if device == "cuda" else "fp32") if config.dtype == "auto" else config.dtype
+    return dataclasses.replace(config, device=device, dtype=dtype)
+
+
+def resolve(
+    config: EngineConfig, model_config: ModelConfig, *, has_cuda: bool | None = None
+) -> EngineConfig:
+    """The config with every "auto" and None but `num_blocks` filled in; logs what it filled.
+
+    Raises as `resolve_placement`, and ConfigError when max_model_len exceeds the model's positions.
+    A resolved config comes back unchanged.
+    """
+    placed = resolve_placement(config, has_cuda=has_cuda)
+    is_cuda = placed.device == "cuda"
     limit = model_config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
             f"max_model_len must be at most the model's {limit} positions, "
             f"got {config.max_model_len}"
         )
-    tokens = config.max_num_batched_tokens
     default_tokens = max(8192 if is_cuda else 2048, config.max_num_seqs)
-    filled: dict[str, object] = {
-        "device": device,
-        "dtype": ("bf16" if is_cuda else "fp32") if config.dtype == "auto" else config.dtype,
-        "kv_cache_dtype": _resolve_kv_dtype(config, model_config, is_cuda),
-        "max_model_len": limit if config.max_model_len is None else config.max_model_len,
-        "max_num_batched_tokens": default_tokens if tokens is None else tokens,
-    }
-    changed = {k: v for k, v in filled.items() if getattr(config, k) != v}
+    resolved = dataclasses.replace(
+        placed,
+        kv_cache_dtype=_resolve_kv_dtype(config, model_config, is_cuda),
+        max_model_len=config.max_model_len or limit,
+        max_num_batched_tokens=config.max_num_batched_tokens or default_tokens,
+    )
+    names = [f.name for f in dataclasses.fields(config)]
+    changed = [n for n in names if getattr(resolved, n) != getattr(config, n)]
     if changed:
-        logger.info("engine config resolved: %s", ", ".join(f"{k}={v}" for k, v in changed.items()))
-    return dataclasses.replace(config, **changed)
+        shown = ", ".join(f"{n}={getattr(resolved, n)}" for n in changed)
+        logger.info("engine config resolved: %s", shown)
+    return resolved
 
 
 def fit_num_blocks(config: EngineConfig, *, bytes_per_token: int, budget_bytes: int) -> int:
@@ -131,10 +142,13 @@ def _resolve_kv_dtype(
         return config.kv_cache_dtype
     if not is_cuda:
         return "fp32"
-    # The FP8 layouts quantise whole tiles: 64 channels in the MODEL1 form, 128 in the V3.2 form.
+    # The FP8 layouts hold whole tiles only; small models may have narrower latents.
     latent = model_config.attention
-    tile = 64 if latent.form == "model1" else 128
-    return "fp8" if latent.latent_nope_dim % tile == 0 else "bf16"
+    try:
+        kv_layout("fp8", latent.form, latent.latent_nope_dim, latent.qk_rope_head_dim)
+    except ConfigError:
+        return "bf16"
+    return "fp8"
 
 
 def _check_positive(name: str, value: object) -> None:

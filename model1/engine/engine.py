@@ -72,10 +72,8 @@ class Engine:
         self._requests: dict[str, Request] = {}  # until the final output is handed out
         self._streams: dict[str, OutputStream] = {}
         self._final: list[RequestOutput] = []  # ended between steps
-        self._num_arrived = 0
-        self._counts = dict.fromkeys(
-            ("num_steps", "prompt_tokens", "generation_tokens"), 0
-        ) | dict.fromkeys(("num_corrupted_requests", "num_failed_steps"), 0)
+        names = ("num_steps", "prompt_tokens", "generation_tokens")
+        self._counts = dict.fromkeys((*names, "num_corrupted_requests", "num_failed_steps"), 0)
 
     @property
     def max_model_len(self) -> int:
@@ -98,9 +96,8 @@ class Engine:
         hold. A max_tokens beyond max_model_len ends in "length" there.
         """
         self._check(request_id, prompt_token_ids, params)
-        request = Request(request_id, prompt_token_ids, params, self._num_arrived)
+        request = Request(request_id, prompt_token_ids, params)
         stream = OutputStream(request, self.tokenizer, max_model_len=self.max_model_len)
-        self._num_arrived += 1
         self._requests[request_id] = request
         self._streams[request_id] = stream
         self._scheduler.add(request)

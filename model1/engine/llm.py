@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from model1.config import ModelConfig
-from model1.engine.config import EngineConfig, resolve
+from model1.engine.config import EngineConfig, resolve_placement
 from model1.engine.engine import Engine
 from model1.engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from model1.errors import RequestError
@@ -40,13 +39,10 @@ class LLM:
     """
 
     def __init__(self, path: str | Path | None = None, **options: Any) -> None:
-        config = EngineConfig(**options)
-        path = default_checkpoint() if path is None else Path(path)
-        resolved = resolve(config, ModelConfig.from_file(path / "config.json"))
-        model, self.tokenizer = load_model(
-            path, device=resolved.device, dtype=_DTYPES[resolved.dtype]
-        )
-        self.engine = Engine(model, self.tokenizer, resolved)
+        config = resolve_placement(EngineConfig(**options))
+        path = default_checkpoint() if path is None else path
+        model, self.tokenizer = load_model(path, device=config.device, dtype=_DTYPES[config.dtype])
+        self.engine = Engine(model, self.tokenizer, config)
         self._num_requests = 0
 
     def generate(

@@ -25,17 +25,12 @@ class StreamingTokenizer(Protocol):
     """The part of a tokenizer that the engine uses."""
 
     @property
-    def special_tokens(self) -> dict[str, int]:
-        """Names and ids of the special tokens."""
-        ...
-
-    @property
     def stop_token_ids(self) -> frozenset[int]:
         """End of text and end of turn."""
         ...
 
-    def stream(self) -> TextDecoder:
-        """A decoder for one request; special tokens have no text."""
+    def stream(self, *, skip_special_tokens: bool = True) -> TextDecoder:
+        """A decoder for one request; skipped special tokens have no text."""
         ...
 
 
@@ -46,46 +41,36 @@ class OutputStream:
         self, request: Request, tokenizer: StreamingTokenizer, *, max_model_len: int
     ) -> None:
         self._request = request
-        self._tokenizer = tokenizer
-        self._decoder = tokenizer.stream()
+        self._decoder = tokenizer.stream(skip_special_tokens=request.params.skip_special_tokens)
         self._stop_buffer = StopBuffer(request.params.stop)
         self._stop_ids = stop_ids(request.params, tokenizer.stop_token_ids)
         self._max_tokens = min(request.params.max_tokens, max_model_len - request.num_prompt_tokens)
-        self._special_text: dict[int, str] = {}
-        if not request.params.skip_special_tokens:
-            self._special_text = {i: text for text, i in tokenizer.special_tokens.items()}
 
     def add(self, token_id: int, logprob: TokenLogprob | None) -> RequestOutput:
-        """Append the token to the request and say what is new."""
-        request = self._request
-        request.token_ids.append(token_id)
-        may_stop = request.num_generated_tokens > request.params.min_tokens
+        """Append the token to the request and say what is new.
+
+        An error in decoding leaves the request without the token.
+        """
+        num_generated_tokens = self._request.num_generated_tokens + 1
+        may_stop = num_generated_tokens > self._request.params.min_tokens
         reason: FinishReason | None = None
         text = ""
         if may_stop and token_id in self._stop_ids:
             reason = "stop"
         else:
-            text, stopped = self._stop_buffer.push(self._decode(token_id), may_stop=may_stop)
+            text, stopped = self._stop_buffer.push(self._decoder.push(token_id), may_stop=may_stop)
             if stopped:
-                return self._output(token_id, logprob, text, "stop")
-            if request.num_generated_tokens >= self._max_tokens:
+                return self._append(token_id, logprob, text, "stop")
+            if num_generated_tokens >= self._max_tokens:
                 reason = "length"
         if reason is not None:
             # An unfinished character becomes text only now and may complete a stop string.
             tail, stopped = self._stop_buffer.push(self._decoder.finish(), may_stop=may_stop)
             text += tail + self._stop_buffer.flush()
             reason = "stop" if stopped else reason
-        return self._output(token_id, logprob, text, reason)
+        return self._append(token_id, logprob, text, reason)
 
-    def _decode(self, token_id: int) -> str:
-        special = self._special_text.get(token_id)
-        if special is None:
-            return self._decoder.push(token_id)
-        text = self._decoder.finish() + special
-        self._decoder = self._tokenizer.stream()
-        return text
-
-    def _output(
+    def _append(
         self,
         token_id: int,
         logprob: TokenLogprob | None,
@@ -93,6 +78,7 @@ class OutputStream:
         reason: FinishReason | None,
     ) -> RequestOutput:
         request = self._request
+        request.token_ids.append(token_id)
         return RequestOutput(
             request_id=request.request_id,
             text=text,

@@ -150,7 +150,6 @@ class Request:
     request_id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
-    arrival_idx: int  # admission order; kept through preemption
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
     num_preemptions: int = 0

@@ -15,10 +15,6 @@ from torch import Tensor
 
 from model1.engine.request import Request, SamplingParams, TokenLogprob
 
-# Candidates looked at before a full sort: top_p rarely keeps more, and sorting a row of 8k logits
-# takes about 15 times as long as finding its largest 128 (one CPU core).
-NUM_CANDIDATES = 128
-
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -33,7 +29,7 @@ class SampledToken:
 class _History:
     """Token counts of one request that has penalties, kept up to date as it grows."""
 
-    seen: Tensor  # [v] bool, prompt and generated
+    seen: Tensor  # [v] float32, 1 for tokens of prompt and generated text, else 0
     counts: Tensor  # [v] float32, generated
     num_counted: int  # generated tokens in `counts`
 
@@ -48,6 +44,7 @@ class Sampler:
         self._stop_token_ids = stop_token_ids
         self._histories: dict[str, _History] = {}
 
+    @torch.inference_mode()
     def sample(self, requests: Sequence[Request], logits: Tensor) -> list[SampledToken]:
         """Choose the next token of each request from its row of logits [n, v] float32.
 
@@ -105,29 +102,30 @@ class Sampler:
     def _penalise(self, requests: Sequence[Request], scores: Tensor, rows: list[int]) -> None:
         """In place: x / r if x > 0 else x * r for seen tokens, then x - f * count - p * [count>0].
 
-        r, f, p: repetition, frequency and presence penalty.
+        r, f, p: repetition, frequency and presence penalty. Written without selection by mask,
+        which costs a CPU more than all of this arithmetic.
         """
         histories = [self._history(requests[i], scores) for i in rows]
         counts = torch.stack([history.counts for history in histories])
         seen = torch.stack([history.seen for history in histories])
         params = [requests[i].params for i in rows]
-        repetition = _column([p.repetition_penalty for p in params], scores)
+        factor = (_column([p.repetition_penalty for p in params], scores) - 1.0) * seen + 1.0
         x = scores[rows]
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        x = x.clamp_min(0.0) / factor + x.clamp_max(0.0) * factor
         x = x - _column([p.frequency_penalty for p in params], scores) * counts
-        x = x - _column([p.presence_penalty for p in params], scores) * (counts > 0)
+        x = x - _column([p.presence_penalty for p in params], scores) * counts.clamp_max(1.0)
         scores[rows] = x
 
     def _history(self, request: Request, scores: Tensor) -> _History:
         history = self._histories.get(request.request_id)
         if history is None:
-            seen = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+            seen = torch.zeros(scores.shape[1], device=scores.device)
             prompt = np.asarray(request.token_ids[: request.num_prompt_tokens], dtype=np.int64)
-            seen[torch.from_numpy(prompt).to(scores.device)] = True
-            history = _History(seen, torch.zeros_like(seen, dtype=torch.float32), 0)
+            seen[torch.from_numpy(prompt).to(scores.device)] = 1.0
+            history = _History(seen, torch.zeros_like(seen), 0)
             self._histories[request.request_id] = history
         for token_id in request.token_ids[request.num_prompt_tokens + history.num_counted :]:
-            history.seen[token_id] = True
+            history.seen[token_id] = 1.0
             history.counts[token_id] += 1.0
             history.num_counted += 1
         return history
@@ -147,7 +145,7 @@ class Sampler:
         x = x - (best if everything else best[rows]).unsqueeze(1)  # maximum 0: no overflow below
         x = x / _column([p.temperature for p in params], scores)
         uniform = [requests[i].uniform() for i in rows]
-        drawn = draw(filter_scores(x, params), uniform)
+        drawn = draw(x, score_thresholds(x, params), uniform)
         if everything:
             return drawn
         token_ids = token_ids.clone()
@@ -161,62 +159,64 @@ def stop_ids(params: SamplingParams, tokenizer_stop_ids: frozenset[int]) -> froz
     return own if params.ignore_eos else own | tokenizer_stop_ids
 
 
-def filter_scores(x: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Set scores outside min_p, top_k and top_p to -inf; x [n, v] float32, row maxima 0.
+def score_thresholds(x: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+    """Lowest score [n, 1] that min_p, top_k and top_p leave in each row; None if nothing is cut.
 
-    Each filter is a threshold on the score, so tokens tied with the last one kept stay too:
+    x [n, v] float32 with row maxima 0. Each filter acts on what the one before left:
         min_p   x >= ln(min_p)
-        top_k   x >= k-th largest of what is left
-        top_p   x >= smallest of the fewest largest whose share of what is left reaches top_p
+        top_k   x >= the k-th largest
+        top_p   x >= the smallest of the fewest largest whose share of the weight reaches top_p
+    Tokens tied with the last one kept stay, so the result does not depend on how ties are sorted.
     """
+    rows = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1.0]
+    if not rows and not any(p.min_p for p in params):
+        return None
+    thresholds = _column([p.min_p for p in params], x).log()  # ln 0 = -inf cuts nothing
+    if len(rows) == len(params):
+        return _sorted_thresholds(x, params, thresholds)
+    if rows:
+        some = [params[i] for i in rows]
+        thresholds[rows] = _sorted_thresholds(x[rows], some, thresholds[rows])
+    return thresholds
+
+
+def _sorted_thresholds(x: Tensor, params: Sequence[SamplingParams], thresholds: Tensor) -> Tensor:
+    """`thresholds` raised to what top_k and top_p ask for."""
     vocab_size = x.shape[1]
-    min_p = [p.min_p for p in params]
-    if any(min_p):
-        x = x.masked_fill(x < _column(min_p, x).log(), -torch.inf)  # ln 0 = -inf keeps all
-    top_k = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params]
-    has_top_p = any(p.top_p < 1.0 for p in params)
-    if not any(top_k) and not has_top_p:
-        return x
-    num_candidates = min(vocab_size, max(NUM_CANDIDATES if has_top_p else 1, *top_k))
-    candidates = x.topk(num_candidates, dim=-1).values  # [n, num_candidates], descending
-    if any(top_k):
-        kth = candidates.gather(1, _column(top_k, x, torch.int64).sub(1).clamp_min(0))
-        kth = kth.masked_fill(_column(top_k, x, torch.int64) == 0, -torch.inf)
-        x = x.masked_fill(x < kth, -torch.inf)
-        candidates = candidates.masked_fill(candidates < kth, -torch.inf)
-    return _keep_top_p(x, candidates, params) if has_top_p else x
-
-
-def _keep_top_p(x: Tensor, candidates: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    # A row whose candidates do not reach its top_p is sorted in full, by itself: the path taken
-    # depends on no other row.
+    ascending = _sort(x)
+    top_k = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    kth_largest = ascending.gather(1, vocab_size - _column(top_k, x, torch.int64))
+    thresholds = torch.maximum(thresholds, kth_largest)
+    if all(p.top_p == 1.0 for p in params):
+        return thresholds
+    num_left = vocab_size - torch.searchsorted(ascending, thresholds)
+    descending = ascending.flip(1)
+    cumulative = descending.exp().cumsum(dim=-1, dtype=torch.float64)
+    last = (num_left - 1).clamp_min(0)  # a row of NaN may leave nothing
     top_p = _column([p.top_p for p in params], x, torch.float64)
-    total = x.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
-    threshold, reached = _top_p_threshold(candidates, total, top_p)
-    active = top_p.squeeze(1) < 1.0
-    missing = (active & ~reached).nonzero().squeeze(1)
-    if missing.numel():
-        ordered = x[missing].sort(dim=-1, descending=True).values
-        threshold[missing], _ = _top_p_threshold(ordered, total[missing], top_p[missing])
-    threshold = threshold.masked_fill(~active.unsqueeze(1), -torch.inf)
-    return x.masked_fill(x < threshold, -torch.inf)
+    nucleus = torch.searchsorted(cumulative, top_p * cumulative.gather(1, last))
+    lowest = descending.gather(1, torch.minimum(nucleus, last))
+    return torch.where(top_p < 1.0, torch.maximum(thresholds, lowest), thresholds)
 
 
-def _top_p_threshold(ordered: Tensor, total: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest kept score [n, 1], and whether the given scores [n, m] reach top_p [n] bool."""
-    cumulative = ordered.exp().cumsum(dim=-1, dtype=torch.float64) / total
-    below = (cumulative < top_p).sum(dim=-1, keepdim=True)  # entries that do not suffice
-    last = ordered.shape[1] - 1
-    return ordered.gather(1, below.clamp_max(last)), (below <= last).squeeze(1)
+def _sort(x: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return x.sort(dim=-1).values
+    # NumPy sorts float32 with SIMD: 15 times as fast as torch 2.13 on rows of 8k (AVX2, one core).
+    return torch.from_numpy(np.sort(x.numpy(), axis=-1))
 
 
-def draw(x: Tensor, uniform: Sequence[float]) -> Tensor:
-    """Inverse-CDF draw from softmax(x) per row: first token whose cumulative weight exceeds u.
+def draw(x: Tensor, thresholds: Tensor | None, uniform: Sequence[float]) -> Tensor:
+    """Inverse-CDF draw per row: the first token whose cumulative weight exceeds u * total.
 
-    x [n, v] float32 with row maxima 0; uniform: n numbers in [0, 1) of at most 48 bits. A token of
-    weight 0 is never drawn. A row with NaN gives an arbitrary token.
+    Weights are exp(x), 0 below the threshold; a token of weight 0 is never drawn. x [n, v] float32
+    with row maxima 0; uniform: n numbers in [0, 1) of at most 48 bits. Returns [n] int64; a row
+    with NaN gives an arbitrary token.
     """
-    cumulative = x.exp().cumsum(dim=-1, dtype=torch.float64)
+    weights = x.exp()
+    if thresholds is not None:
+        weights = weights * (x >= thresholds)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     target = _column(uniform, x, torch.float64) * cumulative[:, -1:]
     token_ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return token_ids.clamp_max(x.shape[1] - 1)

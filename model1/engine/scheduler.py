@@ -30,11 +30,17 @@ class ScheduledRequest:
 
 
 class Scheduler:
-    """Queues, token budget and preemption; owns the requests' blocks through the block manager."""
+    """Queues, token budget and preemption; owns the requests' blocks through the block manager.
+
+    A waiting request is admitted only with budget left over, so at most the newest running one is
+    still in prefill; with max_num_batched_tokens >= max_num_seqs, which EngineConfig ensures, every
+    running request has its part in every step.
+    """
 
     def __init__(
         self, block_manager: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
     ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -60,7 +66,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         step: list[ScheduledRequest] = []
         for request in list(self.running):
-            if budget == 0 or request.status is not RequestStatus.RUNNING:
+            if request.status is not RequestStatus.RUNNING:
                 break  # preempted: so are all younger ones
             if self._make_room(request):
                 step.append(self._plan(request, budget))

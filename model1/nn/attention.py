@@ -34,12 +34,11 @@ class AttendSpec(NamedTuple):
 
 
 class Attention(nn.Module):
-    """One attention sublayer on t flattened tokens."""
+    """Weights of one attention sublayer: what comes before and after the attending itself."""
 
-    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         a = config.attention
-        self.layer_id = layer_id
         self.form = a.form
         self.heads, self.groups = a.num_attention_heads, a.o_groups
         self.rope_dim, self.eps = a.qk_rope_head_dim, config.rms_norm_eps
@@ -55,7 +54,8 @@ class Attention(nn.Module):
         self.kv_norm = RmsNorm(a.latent_dim if a.form == "model1" else a.latent_nope_dim, self.eps)
         out_dim = self.value_dim
         if a.form == "v32":
-            assert a.v_head_dim is not None and a.kv_lora_rank is not None
+            assert a.v_head_dim is not None
+            assert a.kv_lora_rank is not None
             out_dim = a.v_head_dim
             std = a.kv_lora_rank**-0.5
             self.wk_b = nn.Parameter(
@@ -72,11 +72,18 @@ class Attention(nn.Module):
         self.temperature = LogTemperature(config) if config.vvpa.log_temperature else None
         self.selector = LowRankSelector(config) if config.sparse is not None else None
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [t, c] to [t, c]; the context supplies positions and the keys to attend to."""
-        q, kv = self._queries(x, context), self._latent(x, context)
-        spec = AttendSpec(self.value_dim, self.softmax_scale, self.attn_sink, self.selector)
-        out = context.attend(self.layer_id, q, kv, spec).to(x.dtype)
+    @property
+    def spec(self) -> AttendSpec:
+        """How a context has to attend for this layer."""
+        return AttendSpec(self.value_dim, self.softmax_scale, self.attn_sink, self.selector)
+
+    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Queries [t, h, d] and this step's latents [t, d] of x [t, c]."""
+        return self._queries(x, context), self._latent(x, context)
+
+    def finish(self, x: Tensor, out: Tensor, context: Context) -> Tensor:
+        """[t, c] from the sublayer's input x [t, c] and the attended values [t, h, value_dim]."""
+        out = out.to(x.dtype)
         if self.rotary_value:
             nope, rotary = out.split([self.latent_nope_dim, self.rope_dim], dim=-1)
             out = torch.cat([nope, apply_rope(rotary, context.rotation, inverse=True)], dim=-1)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from model1.config import ModelConfig
 from model1.nn.attention import AttendSpec
 from model1.nn.indexer import ROW_CHUNK
+from model1.nn.selector_loss import sample_rows, selector_loss
 from model1.ops.dense_attention import dense_attention
 from model1.ops.rope import Rotation, rope_frequencies, rotation, yarn_frequencies
 
@@ -145,8 +147,21 @@ class TensorKeys:
 class FullContext:
     """b packed rows of s tokens; each token sees its own document up to itself."""
 
-    def __init__(self, config: ModelConfig, doc_starts: Tensor, *, dense: bool) -> None:
-        """doc_starts [b, s]: column where each token's document begins; `dense` turns sparsity off."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        doc_starts: Tensor,
+        dtype: torch.dtype,
+        *,
+        dense: bool,
+        selector_rows: int = 0,
+        latent_hook: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        """doc_starts [b, s]: where each token's document begins; `dense` turns sparsity off.
+
+        selector_rows > 0 collects the selector's loss on that many query rows of each packed row
+        and layer in `selector_losses`.
+        """
         b, s = doc_starts.shape
         self.shape = (b, s)
         column = torch.arange(s, device=doc_starts.device)
@@ -157,17 +172,24 @@ class FullContext:
         self.d_nope = config.attention.latent_nope_dim
         sparse = None if dense else config.sparse
         self.dense_limit = None if sparse is None or s <= sparse.dense_below else sparse.dense_below
+        self.dense_below = 0 if config.sparse is None else config.sparse.dense_below
+        self.selector_rows, self.latent_hook = selector_rows, latent_hook
+        self.selector_losses: list[Tensor] = []
         self.block_mask: Any = None
-        if doc_starts.is_cuda and self.dense_limit is None:
+        # In fp32 the wide latent does not fit the fused kernel's shared memory.
+        if doc_starts.is_cuda and self.dense_limit is None and dtype != torch.float32:
             from model1.ops.dense_attention.flex import packed_block_mask
 
             self.block_mask = packed_block_mask(doc_starts)
 
-    @torch.compiler.disable
     def attend(self, layer_id: int, q: Tensor, kv: Tensor, spec: AttendSpec) -> Tensor:
         """See Context."""
         b, s = self.shape
         q_rows, kv_rows = q.unflatten(0, (b, s)), kv.unflatten(0, (b, s))
+        if self.latent_hook is not None:
+            self.latent_hook(layer_id, kv)
+        if self.selector_rows and spec.selector is not None:
+            self._collect_selector_losses(q_rows, kv_rows, spec)
         if self.block_mask is not None:
             from model1.ops.dense_attention.flex import flex_dense_attention
 
@@ -184,6 +206,14 @@ class FullContext:
             keys = TensorKeys(kv_rows[i], z, self.d_nope, self.dense_limit)
             outs.append(attend_request(q_rows[i], self.key_start[i], self.key_end[i], spec, keys))
         return torch.cat(outs)
+
+    def _collect_selector_losses(self, q: Tensor, kv: Tensor, spec: AttendSpec) -> None:
+        for i in range(len(q)):
+            start, end = self.key_start[i], self.key_end[i]
+            rows = sample_rows(end - start, self.dense_below, self.selector_rows)
+            self.selector_losses.append(
+                selector_loss(q[i], kv[i], start, end, spec, self.d_nope, rows)
+            )
 
     def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
         """See Context."""

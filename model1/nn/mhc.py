@@ -20,6 +20,8 @@ ALPHA_INIT = 0.01  # arXiv 2512.24880, initial gate of the input-dependent part
 class HyperConnection(nn.Module):
     """Collapse the streams before a sublayer and write its result back after it."""
 
+    group: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.mhc is not None
@@ -34,13 +36,17 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(base)
         group = [0] * n + [1] * n + [2] * (n * n)
         self.register_buffer("group", torch.tensor(group), persistent=False)
+        self.worst_error: Tensor | None = None  # a tensor while `Model.diagnostics` measures
 
     def coefficients(self, x: Tensor) -> MhcCoefficients:
         """Mixing weights from the streams x [t, n, c]."""
-        return mhc_coefficients(
+        weights = mhc_coefficients(
             x, self.fn, self.scale[self.group], self.base,
             iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
         )  # fmt: skip
+        if self.worst_error is not None:
+            self.worst_error = torch.maximum(self.worst_error, sinkhorn_error(weights))
+        return weights
 
     def collapse(self, x: Tensor, weights: MhcCoefficients) -> Tensor:
         """Sublayer input [t, c]."""

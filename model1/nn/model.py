@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,14 +14,17 @@ from model1.errors import ConfigError
 from model1.nn.block import Block
 from model1.nn.context import Context, FullContext
 from model1.nn.engram import Engram, ngram_windows
+from model1.nn.indexer import LowRankSelector
 from model1.nn.kv import CacheKind, KVCache, allocate
 from model1.nn.layers import Linear, RmsNorm
 from model1.nn.metadata import AttentionMetadata
-from model1.nn.mhc import HyperHead, sinkhorn_error
+from model1.nn.mhc import HyperConnection, HyperHead
 from model1.nn.moe import MixtureOfExperts
 from model1.nn.mtp import MultiTokenPrediction
 from model1.nn.paged import PagedContext
 from model1.ops.engram import build_hash_specs, check_compression_table
+
+EMBED_INIT_STD = 0.02  # small, because a tied head would first predict every token's repetition
 
 
 class Model(nn.Module):
@@ -36,6 +41,12 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # The first training stage runs every layer dense; the selector is fitted after it.
+        self.dense_attention = False
+        # Query rows of each packed row and layer on which training measures the selector's loss.
+        self.selector_rows = 0
+        # Called with (layer id, latents [t, d]) by every full forward; for calibration.
+        self.latent_hook: Callable[[int, Tensor], None] | None = None
         if (compression_table is None) != (config.engram is None):
             raise ConfigError("compression_table must be given exactly when the config has engram")
         specs = {}
@@ -51,7 +62,7 @@ class Model(nn.Module):
             table = torch.from_numpy(np.ascontiguousarray(compression_table, dtype=np.int64))
             self.register_buffer("compression_table", table, persistent=False)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        nn.init.normal_(self.embed.weight, std=config.hidden_size**-0.5)
+        nn.init.normal_(self.embed.weight, std=EMBED_INIT_STD)
         self.layers = nn.ModuleList(
             Block(config, i, specs.get(i)) for i in range(config.num_hidden_layers)
         )
@@ -72,13 +83,13 @@ class Model(nn.Module):
         return self.logits(hidden)
 
     def forward_hidden(
-        self, input_ids: Tensor, *, doc_starts: Tensor | None = None, dense: bool = False
+        self, input_ids: Tensor, *, doc_starts: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Final hidden states [b, s, c] and auxiliary scalars.
+        """Final hidden states [b, s, c] and auxiliary outputs (see `model1.train.loss`).
 
         doc_starts: [b, s] int64, the column where each token's document begins; None = one
-        document per row. dense: attend to every visible token, whatever the sparse config says.
-        Under torch.autocast the activations take its dtype.
+        document per row. While `self.dense_attention` is set every visible token is attended to,
+        whatever the sparse config says. Under torch.autocast the activations take its dtype.
         """
         b, s = input_ids.shape
         if doc_starts is None:
@@ -87,11 +98,18 @@ class Model(nn.Module):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            context = FullContext(self.config, doc_starts, dense=dense)
+            context = FullContext(
+                self.config, doc_starts, dtype,
+                dense=self.dense_attention, selector_rows=self.selector_rows,
+                latent_hook=self.latent_hook,
+            )  # fmt: skip
             ids = input_ids.flatten()
             ngrams = ngram_windows(ids, context.positions, self._ngram_size)
             x = self._run(ids, ngrams, context, dtype)
-            aux = {}
+            aux: dict[str, Tensor] = {}
+            if context.selector_losses:
+                with torch.enable_grad():  # the backbone may run without gradients
+                    aux["selector"] = torch.stack(context.selector_losses).mean()
             if self.mtp is not None and self.training:
                 following = F.embedding(ids.roll(-1), self.embed.weight).to(dtype)
                 aux["mtp_hidden"] = self.mtp(x, following, context).unflatten(0, (b, s))
@@ -147,33 +165,26 @@ class Model(nn.Module):
         return self.norm(x[:, 0] if self.mhc_head is None else self.mhc_head(x))
 
     def after_optimizer_step(self) -> None:
-        """Keep what the optimiser must not move: orthonormal bases; and balance the experts."""
+        """Balance the experts, and make bases orthonormal again that training has moved."""
         for module in self.modules():
             if isinstance(module, MixtureOfExperts):
                 module.update_balance()
+            elif isinstance(module, LowRankSelector) and self.selector_rows:
+                module.retract()
 
     @torch.no_grad()
     def diagnostics(self, input_ids: Tensor) -> dict[str, float]:
-        """Sinkhorn error of every hyper-connection on input_ids [b, s]; the worst of them."""
-        errors: list[Tensor] = []
-        handles = []
-        for module in self.modules():
-            if hasattr(module, "coefficients"):
-                original = module.coefficients
-
-                def wrapped(x: Tensor, original=original) -> object:
-                    weights = original(x)
-                    errors.append(sinkhorn_error(weights))
-                    return weights
-
-                handles.append((module, original))
-                module.coefficients = wrapped
-        try:
-            self.forward_hidden(input_ids, dense=True)
-        finally:
-            for module, _ in handles:
-                del module.coefficients
-        return {"sinkhorn_error": float(torch.stack(errors).max())} if errors else {}
+        """Worst Sinkhorn error of any hyper-connection on input_ids [b, s]; {} without them."""
+        connections = [m for m in self.modules() if isinstance(m, HyperConnection)]
+        if not connections:
+            return {}
+        for connection in connections:
+            connection.worst_error = input_ids.new_zeros((), dtype=torch.float32)
+        self.forward_hidden(input_ids)
+        errors = [c.worst_error for c in connections if c.worst_error is not None]
+        for connection in connections:
+            connection.worst_error = None
+        return {"sinkhorn_error": float(torch.stack(errors).max())}
 
     def num_parameters(self) -> dict[str, int]:
         """Counts: "total" and of it "tables" (Engram rows, trainable or stored)."""

@@ -31,6 +31,8 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Shared experts plus the chosen routed ones; a per-expert bias evens out the load."""
 
+    load: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe = config.moe
@@ -51,7 +53,7 @@ class MixtureOfExperts(nn.Module):
             self.gate(x), self.balance_bias,
             topk=self.moe.num_experts_per_tok, scaling=self.moe.routed_scaling_factor,
         )  # fmt: skip
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # measuring in between does not count
             self.load += torch.bincount(expert_ids.flatten(), minlength=len(self.load))
         out = moe_experts(
             x, weights, expert_ids, self.gate_up, self.down, swiglu_limit=self.limit

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from model1.errors import Model1Error
 from model1.serve.body import read_request, until_disconnect
 from model1.serve.config import ServeConfig
-from model1.serve.errors import ApiError, from_model1, json_response
+from model1.serve.errors import ApiError, from_model1, json_response, shown
 from model1.serve.middleware import CLIENT_CLOSED, ApiKeyMiddleware, GuardMiddleware
 from model1.serve.plan import ServedModel, plan_chat, plan_completion
 from model1.serve.protocol import ChatRequest, CompletionRequest
@@ -72,6 +72,7 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
         "created": model.created,
         "owned_by": "model1",
         "max_model_len": model.max_model_len,
+        "kv_bytes_per_token": model.kv_bytes_per_token,
     }
 
     @app.get("/v1/models")
@@ -121,7 +122,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         answer = error
     level = logging.ERROR if answer.status >= 500 else logging.INFO
-    logger.log(level, "%s: %d %s", request.url.path, answer.status, answer.message)
+    logger.log(level, "%s: %d %s", shown(request.url.path), answer.status, answer.message)
     response = answer.response()
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})

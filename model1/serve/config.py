@@ -1,4 +1,4 @@
-"""How the server listens and what it allows. The engine has its own config and sees none of this."""
+"""How the server listens and what it allows; the engine has a config of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 class Limits:
     """Bounds that keep one client from harming the others."""
 
-    max_body_bytes: int = 2 * MIB
+    max_body_bytes: int = MIB  # parsing holds up every client: at worst 0.3 s per MiB
     body_timeout_s: float = 10.0  # to send a whole request body
     header_timeout_s: float = 10.0  # to send a whole request head
     max_header_bytes: int = 16 * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -39,4 +40,10 @@ def launch(path: Path | None, engine_config: EngineConfig, config: ServeConfig) 
             engine.max_model_len,
             engine.bytes_per_token,
         )
-        serve(engine, ServedModel(name, llm.tokenizer, engine.max_model_len), config, sock)
+        model = ServedModel(name, llm.tokenizer, engine.max_model_len, engine.bytes_per_token)
+        came_to_rest = serve(engine, model, config, sock)
+    if not came_to_rest:
+        # Python would end the thread inside PyTorch's C++ code, which aborts the process.
+        logger.warning("leaving while a model step runs; its requests have been answered")
+        logging.shutdown()
+        os._exit(0)

@@ -27,7 +27,7 @@ def escape(text: str) -> str:
     """Printable ASCII stays, everything else becomes a backslash escape."""
     if text.isascii() and text.isprintable():
         return text
-    return text.encode("unicode_escape").decode("ascii").replace("\\\\", "\\")
+    return text.encode("unicode_escape").decode("ascii")
 
 
 def configure(level: str) -> None:

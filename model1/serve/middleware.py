@@ -85,7 +85,9 @@ class GuardMiddleware:
             await failure.response()(scope, receive, send_noting_status)
         finally:
             took_ms = (time.monotonic() - start) * 1e3
-            logger.info("%s %s %d %.0f ms", scope["method"], shown(scope["path"]), status, took_ms)
+            level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+            place = shown(scope["path"])
+            logger.log(level, "%s %s %d %.0f ms", scope["method"], place, status, took_ms)
 
 
 class _Aborted(Exception):

@@ -47,14 +47,35 @@ class TokenizerLike(Protocol):
 class ServedModel:
     """What the HTTP layer knows of the model: its name, its tokenizer and its context."""
 
-    def __init__(self, name: str, tokenizer: TokenizerLike, max_model_len: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: TokenizerLike,
+        max_model_len: int,
+        kv_bytes_per_token: int | None = None,
+    ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.kv_bytes_per_token = kv_bytes_per_token
         self.created = int(time.time())
         self.max_token_bytes = max(
             1, *(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         )
+
+        self._special = {i: name.encode() for name, i in tokenizer.special_tokens.items()}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token; of a special one its name."""
+        return self._special.get(token_id) or self.tokenizer.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token as text; one that is no whole character is written as OpenAI does."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def check_name(self, name: str) -> None:
         """Raise the 404 of an unknown model."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 8
@@ -48,9 +48,9 @@ def reject(message: str) -> PydanticCustomError:
 
 
 def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in value
-    )
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= MAX_TOKEN_ID)
 
 
 def as_prompts(value: Any) -> list[Prompt]:
@@ -60,9 +60,9 @@ def as_prompts(value: Any) -> list[Prompt]:
     if isinstance(value, list) and value:
         if _is_token_ids(value):
             return [value]
+        if len(value) > MAX_PROMPTS:
+            raise reject(f"at most {MAX_PROMPTS} prompts are allowed, got {len(value)}")
         if all(isinstance(item, str) for item in value) or all(_is_token_ids(i) for i in value):
-            if len(value) > MAX_PROMPTS:
-                raise reject(f"at most {MAX_PROMPTS} prompts are allowed, got {len(value)}")
             return value
     raise reject(
         "must be a string, a list of strings, a list of token ids or a list of lists of token ids"
@@ -220,7 +220,7 @@ class TextFormat(Body):
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN_ID)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

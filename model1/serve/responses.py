@@ -73,14 +73,6 @@ class _Envelope:
             "total_tokens": num_prompt + num_generated,
         }
 
-    def token_text(self, token_id: int) -> str:
-        """A token as text; one that is no whole character is written as OpenAI does."""
-        raw = self.model.token_bytes(token_id)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
 
 class CompletionFormat:
     """Objects of /v1/completions."""
@@ -128,7 +120,7 @@ class CompletionFormat:
     def _logprobs(self, choice: Choice, tokens: Sequence[TokenLogprob]) -> Json | None:
         if not self._envelope.wants_logprobs:
             return None
-        name = self._envelope.token_text
+        name = self._envelope.model.token_text
         offsets = []
         for token in tokens:
             offsets.append(choice.offset)
@@ -191,6 +183,6 @@ class ChatFormat:
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float) -> Json:
-        raw = self._envelope.model.token_bytes(token_id)
-        name = self._envelope.token_text(token_id)
+        model = self._envelope.model
+        name, raw = model.token_text(token_id), model.token_bytes(token_id)
         return {"token": name, "logprob": logprob, "bytes": list(raw)}

@@ -39,9 +39,11 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
+            undo.pop_all()
     except OSError as error:
         raise _cannot_listen(host, port, error) from error
     return sock
@@ -52,8 +54,11 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {host} port {port}: {reason}")
 
 
-def serve(engine: EngineLike, model: ServedModel, config: ServeConfig, sock: socket.socket) -> None:
-    """Serve on `sock` until SIGTERM or SIGINT; raises ConfigError if it cannot listen."""
+def serve(engine: EngineLike, model: ServedModel, config: ServeConfig, sock: socket.socket) -> bool:
+    """Serve on `sock` until SIGTERM or SIGINT; raises ConfigError if it cannot listen.
+
+    Returns whether the engine came to rest; if not, a long step still runs in its daemon thread.
+    """
     host, port = sock.getsockname()[:2]
     try:
         sock.listen(config.limits.max_connections)
@@ -65,7 +70,7 @@ def serve(engine: EngineLike, model: ServedModel, config: ServeConfig, sock: soc
     )
     options = uvicorn.Config(
         create_app(worker, model, config),
-        http=timed_protocol(limits),
+        http=timed_protocol(limits.header_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -78,6 +83,7 @@ def serve(engine: EngineLike, model: ServedModel, config: ServeConfig, sock: soc
     )
     announce = _ready_lines(host, port, model.name, has_key=config.api_key is not None)
     DrainingServer(options, worker, config.shutdown_timeout, announce).run(sockets=[sock])
+    return not worker.is_running
 
 
 class DrainingServer(uvicorn.Server):

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DEAD = "the engine stopped after an internal error"
 STOPPING = "the server is shutting down"
-STOP_GRACE_S = 5.0  # for the step in progress when the server ends
+STOP_GRACE_S = 2.0  # for the step in progress when the server ends
 
 
 class EngineLike(Protocol):
@@ -60,7 +61,8 @@ class Job(NamedTuple):
     params: SamplingParams
 
 
-class Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Event:
     """One output of the job at place `index` of a submission."""
 
     index: int
@@ -143,7 +145,7 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Alive, accepting, and either idle or making progress."""
-        if self._is_dead or self._stopping or not self._thread.is_alive():
+        if self._is_dead or self._stopping or not self.is_running:
             return False
         return not self._routes or time.monotonic() - self._progress_at < self._hang_timeout_s
 
@@ -185,11 +187,16 @@ class AsyncEngine:
             submission.put(EngineUnavailable(STOPPING))
         self.abort(request_ids)
 
+    @property
+    def is_running(self) -> bool:
+        """The thread exists, be it waiting or in a step."""
+        return self._thread.is_alive()
+
     async def stop(self) -> None:
-        """End every request and the thread."""
+        """End every request and the thread, waiting STOP_GRACE_S for a step in progress."""
         self.abort_all()
         self._commands.put(None)
-        if self._thread.is_alive():
+        if self.is_running:
             await asyncio.to_thread(self._thread.join, STOP_GRACE_S)
 
     # The engine thread.

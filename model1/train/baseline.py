@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model1.config import build_dataclass
 from model1.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+PlainAttention = Literal["sdpa", "flex"]
 MODEL_TYPE = "model1_plain"
 # Width over depth of small, deep models; the search stays near it.
 ASPECT = 40.0
@@ -121,10 +124,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class PlainBlock(nn.Module):
     """x = x + attention(norm(x)); x = x + feed_forward(norm(x))."""
 
-    def __init__(self, config: PlainConfig, attention: Literal["sdpa", "flex"]) -> None:
+    def __init__(self, config: PlainConfig) -> None:
         super().__init__()
         c, f = config.hidden_size, config.intermediate_size
-        self.num_heads, self.attention = config.num_attention_heads, attention
+        self.num_heads = config.num_attention_heads
         self.attn_norm = nn.RMSNorm(c, eps=config.rms_norm_eps)
         self.ffn_norm = nn.RMSNorm(c, eps=config.rms_norm_eps)
         self.q_proj, self.k_proj = nn.Linear(c, c, bias=False), nn.Linear(c, c, bias=False)
@@ -147,6 +150,8 @@ class PlainBlock(nn.Module):
         if isinstance(mask, Tensor):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
+            from torch.nn.attention.flex_attention import flex_attention
+
             out = flex_attention(q, k, v, block_mask=mask)
         assert isinstance(out, Tensor)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
@@ -155,13 +160,11 @@ class PlainBlock(nn.Module):
 class PlainTransformer(nn.Module):
     """The baseline. attention "flex" needs the blocks or the model to be compiled to be fast."""
 
-    def __init__(self, config: PlainConfig, *, attention: Literal["sdpa", "flex"] = "sdpa") -> None:
+    def __init__(self, config: PlainConfig, *, attention: PlainAttention = "sdpa") -> None:
         super().__init__()
         self.config, self.attention = config, attention
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            PlainBlock(config, attention) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         dim = config.hidden_size // config.num_attention_heads
         frequencies = config.rope_theta ** (-torch.arange(0, dim, 2) / dim)
@@ -207,6 +210,9 @@ class PlainTransformer(nn.Module):
         if self.attention == "sdpa":
             causal = positions[:, None] >= positions
             return (causal & (positions >= starts[:, :, None]))[:, None]
+
+        # Not at the top: importing it starts the compiler's machinery.
+        from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q >= k) & (k >= starts[b, q])

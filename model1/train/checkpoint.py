@@ -4,16 +4,15 @@
         config.json             architecture, with "model_type"
         model.safetensors       weights and persistent buffers, fp32
         optimizer.safetensors   optimiser states and random generator states
-        state.json              step, rows consumed, seconds, tokens
-        tokenizer files
+        state.json              step, rows consumed, tokens, seconds
+        MANIFEST.json           sizes and SHA-256 of all files; tokenizer files
 
-A checkpoint is written under a hidden name, synced to disk and renamed.
+A checkpoint is written under a temporary name, synced to disk and renamed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model1.config import build_dataclass
 from model1.errors import CheckpointError, ConfigError
 from model1.tokenizer import Tokenizer
+from model1.weights import atomic_directory, load_tensors, save_tensors, verify_manifest
+from model1.weights.manifest import read_json
 
+MODEL_NAME, OPTIMIZER_NAME, STATE_NAME = "model.safetensors", "optimizer.safetensors", "state.json"
 STEP_PATTERN = re.compile(r"step_(\d{8})")
 CPU_RNG, CUDA_RNG = "rng/cpu", "rng/cuda"
 
@@ -83,39 +83,18 @@ def write_checkpoint(
 
     Without `states` and `progress` it holds a model to use, not a run to continue.
     """
-    temporary = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _write_json(temporary / "config.json", config)
-    _save(model_tensors(model), temporary / "model.safetensors")
-    tokenizer.save(temporary)
-    if states is not None:
-        _save(states, temporary / "optimizer.safetensors")
-    if progress is not None:
-        _write_json(temporary / "state.json", asdict(progress))
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _sync(folder.parent)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # A copy of each: safetensors refuses views of one storage, which stacked states are.
-    save_file({n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}, path)
+    with atomic_directory(folder) as temporary:
+        _write_json(temporary / "config.json", config)
+        save_tensors(temporary / MODEL_NAME, model_tensors(model))
+        tokenizer.save(temporary)
+        if states is not None:
+            save_tensors(temporary / OPTIMIZER_NAME, states)
+        if progress is not None:
+            _write_json(temporary / STATE_NAME, asdict(progress))
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
@@ -136,35 +115,24 @@ def prune_checkpoints(out_dir: Path, keep_last: int) -> None:
         shutil.rmtree(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint. Errors: `CheckpointError` naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
+def restore(
+    folder: Path, model: nn.Module, states: Mapping[str, Tensor], device: torch.device
+) -> Progress:
+    """Fill a model, optimiser states and the random generators from a checkpoint.
 
-
-def read_progress(folder: Path) -> Progress:
-    """How far the run of a checkpoint was. Errors: `CheckpointError`."""
+    Returns how far the run was. Errors: `CheckpointError` for anything missing, altered or of
+    another shape.
+    """
+    verify_manifest(folder)
+    load_weights(folder, model)
+    saved = load_tensors(folder / OPTIMIZER_NAME)
+    rng = {name: saved.pop(name) for name in list(saved) if name.startswith("rng/")}
+    copy_tensors(saved, states, folder / OPTIMIZER_NAME)
+    restore_rng(rng, device)
     try:
-        return build_dataclass(Progress, read_json(folder / "state.json"))
+        return build_dataclass(Progress, read_json(folder / STATE_NAME))
     except ConfigError as error:
-        raise CheckpointError(f"{folder / 'state.json'}: {error}") from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file on the CPU. Errors: `CheckpointError` naming the file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{folder / STATE_NAME}: {error}") from error
 
 
 @torch.no_grad()
@@ -186,5 +154,4 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Copy the weights of a checkpoint folder into `model`. Errors: `CheckpointError`."""
-    path = folder / "model.safetensors"
-    copy_tensors(read_tensors(path), model_tensors(model), path)
+    copy_tensors(load_tensors(folder / MODEL_NAME), model_tensors(model), folder / MODEL_NAME)

@@ -48,6 +48,9 @@ class ModelSection:
     init_from: str | None = None
     switch_off: tuple[str, ...] = ()  # parts set to None: "engram", "mhc", "sparse", "moe"
     attention: Literal["sdpa", "flex"] = "sdpa"  # kind "plain" only: which kernel attends
+    dense_attention: bool = False  # kind "model1" only: every layer dense, the selector unused
+    yarn_factor: float | None = None  # with `init_from`: stretch the context it was trained on
+    yarn_original_length: int | None = None  # tokens of that context
 
     def __post_init__(self) -> None:
         chosen = [n for n in ("preset", "num_parameters", "init_from") if getattr(self, n)]
@@ -160,6 +163,18 @@ class LossSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SelectorSection:
+    """Fitting of the sparse selectors when the run ends; see `model1.train.selector`."""
+
+    steps: int
+    lr: float
+    rows: int = 32  # query rows of each packed row on which the loss is measured
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "lr", "rows")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogSection:
     """What is reported, how often, and how many checkpoints stay."""
 
@@ -190,6 +205,7 @@ class TrainConfig:
     schedule: ScheduleSection
     loss: LossSection = field(default_factory=LossSection)
     log: LogSection = field(default_factory=LogSection)
+    selector: SelectorSection | None = None
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

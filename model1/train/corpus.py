@@ -169,7 +169,7 @@ def write_documents(path: str | Path, documents: Iterable[Document], *, preset: 
     """Writes one JSON object per line, xz-compressed; returns the size of the file in bytes.
 
     Keep documents sorted by package and path: neighbours then compress each other. Each object
-    has the keys package, path and text.
+    has the keys package, path and text; `model1.train.documents` reads them back.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,16 +177,6 @@ def write_documents(path: str | Path, documents: Iterable[Document], *, preset: 
         for document in documents:
             out.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
     return target.stat().st_size
-
-
-def read_documents(path: str | Path) -> Iterator[Document]:
-    """Yields the documents that `write_documents` wrote. Raises DataError on anything else."""
-    try:
-        with lzma.open(path, "rt", encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                yield Document(**json.loads(line))
-    except (OSError, EOFError, lzma.LZMAError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a corpus file: {error}") from error
 
 
 def source_table(sources: Sequence[SourceRecord]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,12 @@ class TokenCache:
 
 
 def cache_key(tokenizer: Tokenizer, files: Iterable[Path], kind: str) -> str:
-    """Hash of everything the cached tokens depend on: vocabulary, text, kind and layout."""
-    digest = hashlib.sha256(f"{CACHE_VERSION} {kind} {tokenizer.vocab_size}".encode())
-    for token_id in range(tokenizer.vocab_size):
-        digest.update(tokenizer.token_bytes(token_id) + b"\0")
+    """Hash of everything the cached tokens depend on: tokenizer, text, kind and layout."""
+    digest = hashlib.sha256(f"{CACHE_VERSION} {kind}".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        for path in sorted(Path(folder).iterdir()):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     for path in files:
         digest.update(path.as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -123,6 +126,9 @@ def write_cache(
         open(temporary / "loss_mask.bin", "wb") as masks,
     ):
         offsets, num_bytes = _append(examples, tokens, masks, dtype)
+    if len(offsets) == 1:
+        shutil.rmtree(temporary)
+        raise DataError(f"the sources give no example for {folder.name}")
     if not (temporary / "loss_mask.bin").stat().st_size:
         (temporary / "loss_mask.bin").unlink()
     np.save(temporary / "offsets.npy", np.array(offsets, np.int64))

@@ -9,12 +9,20 @@ Only the assistant's answer and the end-of-turn token are learned.
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import hashlib
 import inspect
+import itertools
+import multiprocessing
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +33,7 @@ from model1.train.documents import Document, read_documents, source_files
 
 MIN_SUMMARY_CHARS, MAX_SUMMARY_CHARS = 20, 600
 MAX_SOURCE_CHARS = 1500
+CHUNK_DOCUMENTS = 256  # one piece of work for one process
 CODE_FENCE = "```"
 
 EXPLAIN_QUESTIONS = (
@@ -126,9 +135,9 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 def _without_docstring(
     node: ast.FunctionDef | ast.AsyncFunctionDef,
 ) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    fields = {name: getattr(node, name) for name in node._fields}
-    fields["body"], fields["decorator_list"] = node.body[1:], []
-    return type(node)(**fields)
+    stripped = copy.copy(node)
+    stripped.body, stripped.decorator_list = node.body[1:], []
+    return stripped
 
 
 def exchanges(definition: Definition) -> Iterator[Exchange]:
@@ -170,20 +179,53 @@ def chat_example(exchange: Exchange, tokenizer: Tokenizer) -> Example:
     return Example(np.array([*whole, tokenizer.eos_token_id]), mask)
 
 
+class Tuned(NamedTuple):
+    """An exchange with its tokens."""
+
+    exchange: Exchange
+    example: Example
+
+
 def chat_examples(
     documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int
-) -> Iterator[tuple[Example, int]]:
-    """(Example, UTF-8 bytes) of every exchange of at most `max_tokens`, repeats left out."""
-    seen: set[Exchange] = set()
+) -> list[Tuned]:
+    """Every exchange of the documents that has at most `max_tokens`, in order."""
+    found = []
     for document in documents:
         for definition in definitions(document):
             for exchange in exchanges(definition):
-                if exchange in seen:
-                    continue
-                seen.add(exchange)
                 example = chat_example(exchange, tokenizer)
                 if len(example.token_ids) <= max_tokens:
-                    yield example, len((exchange.question + exchange.answer).encode("utf-8"))
+                    found.append(Tuned(exchange, example))
+    return found
+
+
+def _chunk_examples(folder: str, max_tokens: int, documents: list[Document]) -> list[Tuned]:
+    return chat_examples(documents, Tokenizer.from_dir(folder), max_tokens)
+
+
+def all_chat_examples(
+    documents: Sequence[Document], tokenizer: Tokenizer, max_tokens: int
+) -> Iterator[tuple[Example, int]]:
+    """(Example, UTF-8 bytes) of every exchange, repeats left out; large inputs on all cores."""
+    chunks = [
+        list(documents[i : i + CHUNK_DOCUMENTS]) for i in range(0, len(documents), CHUNK_DOCUMENTS)
+    ]
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        tokenizer.save(folder)
+        work = functools.partial(_chunk_examples, folder, max_tokens)
+        if len(chunks) > 1:
+            # Not fork: the parent may have threads and a CUDA context.
+            pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
+            found = stack.enter_context(pool).map(work, chunks)
+        else:
+            found = map(work, chunks)
+        seen: set[Exchange] = set()
+        for exchange, example in itertools.chain.from_iterable(found):
+            if exchange not in seen:
+                seen.add(exchange)
+                yield example, len((exchange.question + exchange.answer).encode("utf-8"))
 
 
 def chat_cache(
@@ -193,12 +235,13 @@ def chat_cache(
     suffixes: tuple[str, ...],
     max_tokens: int,
 ) -> TokenCache:
-    """Tokenised exchanges of all documents of `sources`, read from the cache or made now."""
+    """Tokenised exchanges of all documents of `sources`, read from the cache or made now.
+
+    Errors: `DataError` if no documented definition gives an exchange of `max_tokens` or less.
+    """
     files = [path for source in sources for path in source_files(source, suffixes)]
-    template = tokenizer.apply_chat_template([{"role": "user", "content": "?"}])
-    kind = f"chat {max_tokens} {template}"
-    folder = Path(cache_dir) / f"chat-{cache_key(tokenizer, files, kind)}"
+    folder = Path(cache_dir) / f"chat-{cache_key(tokenizer, files, f'chat {max_tokens}')}"
     if not folder.is_dir():
-        examples = chat_examples(read_documents(sources, suffixes), tokenizer, max_tokens)
-        write_cache(folder, examples, tokenizer)
+        documents = list(read_documents(sources, suffixes))
+        write_cache(folder, all_chat_examples(documents, tokenizer, max_tokens), tokenizer)
     return open_cache(folder, tokenizer)

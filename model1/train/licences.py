@@ -7,14 +7,15 @@ anything else, a silent metadata file included, is refused by name. Licence file
 from __future__ import annotations
 
 import re
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, PackageMetadata
 
 from model1.errors import DataError
 
 # SPDX identifiers (https://spdx.org/licenses), lower case
 PERMISSIVE_SPDX = frozenset(
-    "mit mit-0 mit-cmu bsd-2-clause bsd-3-clause 0bsd apache-2.0 isc psf-2.0 python-2.0 "
-    "cnri-python zlib cc0-1.0 unlicense bsl-1.0 hpnd llvm-exception".split()
+    {"mit", "mit-0", "mit-cmu", "isc", "hpnd", "bsd-2-clause", "bsd-3-clause", "0bsd"}
+    | {"apache-2.0", "llvm-exception", "psf-2.0", "python-2.0", "cnri-python", "zlib"}
+    | {"cc0-1.0", "unlicense", "bsl-1.0"}
 )
 
 # names met in trove classifiers and in the free-text License field -> what is recorded
@@ -59,9 +60,9 @@ def distribution_licence(distribution: Distribution) -> str:
     """
     metadata = distribution.metadata
     name = metadata["Name"]
-    expression = metadata.get("License-Expression")
+    expression = _field(metadata, "License-Expression")
     classifiers = _licence_classifiers(metadata.get_all("Classifier") or [])
-    free_text = (metadata.get("License") or "").strip()
+    free_text = _field(metadata, "License")
     try:
         if expression:
             return permissive_licence(expression)
@@ -70,6 +71,10 @@ def distribution_licence(distribution: Distribution) -> str:
         return permissive_licence(free_text)
     except DataError as error:
         raise DataError(f"package {name}: {error}") from error
+
+
+def _field(metadata: PackageMetadata, name: str) -> str:
+    return metadata[name].strip() if name in metadata else ""
 
 
 def _licence_classifiers(classifiers: list[str]) -> list[str]:

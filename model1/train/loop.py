@@ -6,85 +6,44 @@ by steps is exact: stopped and resumed it ends in the same bits as without the s
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model1.errors import ConfigError, Model1Error
+from model1.nn.model import Model
 from model1.tokenizer import Tokenizer
 from model1.train.checkpoint import (
     Progress,
     checkpoint_path,
-    copy_tensors,
     list_checkpoints,
-    load_weights,
     prune_checkpoints,
-    read_progress,
-    read_tensors,
-    restore_rng,
+    restore,
     rng_tensors,
     write_checkpoint,
 )
+from model1.train.compiled import autocast, compile_parts
 from model1.train.config import TrainConfig
 from model1.train.data import PackedRows, RowStream, TokenCache, text_cache
 from model1.train.finetune import chat_cache
 from model1.train.log import RunLog, truncate_log
-from model1.train.loss import (
-    ChunkLoss,
-    Trainable,
-    chunk_loss_sum,
-    count_targets,
-    training_loss,
-)
-from model1.train.models import build_model, resolve_device
+from model1.train.loss import count_targets, training_loss
+from model1.train.models import build_model
 from model1.train.optim import Optimizer
 from model1.train.plot import plot_losses
 from model1.train.schedule import lr_factor, progress
+from model1.train.selector import fit_selector
 from model1.train.valid import held_out_loss
+from model1.weights.device import resolve_device
 
 DIAGNOSED_TOKENS = 256  # of one row, for each report
 LOG_NAME, PLOT_NAME, FINAL_NAME = "log.jsonl", "loss.png", "final"
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """bf16 matrix products where `precision` asks for them."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-class CompiledModel:
-    """A model whose forward pass is one compiled graph; the module itself stays as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = cast(Trainable, model)
-        self.forward_hidden = torch.compile(self.model.forward_hidden, dynamic=False)
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The model's output matrix."""
-        return self.model.output_weight
-
-
-def compile_parts(model: nn.Module, how: str) -> tuple[Trainable, ChunkLoss]:
-    """What to train through: ("blocks") each of `model.layers` or ("model") all compiled.
-
-    Graphs are for one batch shape.
-    """
-    if how == "none":
-        return cast(Trainable, model), chunk_loss_sum
-    chunk_loss = torch.compile(chunk_loss_sum, dynamic=False)
-    if how == "model":
-        return CompiledModel(model), chunk_loss
-    for block in cast(nn.ModuleList, model.layers):
-        block.compile(dynamic=False)
-    return cast(Trainable, model), chunk_loss
 
 
 class Trainer:
@@ -110,7 +69,8 @@ class Trainer:
         self._rate_mark = 0, 0.0  # tokens and seconds at the last report
         torch.manual_seed(config.seed)
         if resume:
-            self._restore(found[-1])
+            states = self.optimizer.state()
+            self.progress = restore(found[-1], self.model, states, self.device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         self.trainable, self.chunk_loss = compile_parts(self.model, config.compile)
@@ -125,15 +85,6 @@ class Trainer:
             extra = PackedRows(chat, data.seq_len, seed)
         valid = text_cache(data.valid, self.tokenizer, *where) if data.valid else None
         return RowStream(main, extra, data.chat_share), valid
-
-    def _restore(self, folder: Path) -> None:
-        load_weights(folder, self.model)
-        path = folder / "optimizer.safetensors"
-        states = read_tensors(path)
-        rng = {name: states.pop(name) for name in list(states) if name.startswith("rng/")}
-        copy_tensors(states, self.optimizer.state(), path)
-        restore_rng(rng, self.device)
-        self.progress = read_progress(folder)
 
     def run(self, *, stop_after_seconds: float | None = None) -> Progress:
         """Train to the end of the schedule, or save and return after `stop_after_seconds`.
@@ -271,7 +222,29 @@ class Trainer:
         config = cast(Any, self.model).config.to_dict()
         write_checkpoint(folder, config=config, model=self.model, tokenizer=self.tokenizer, **parts)
 
+    def _fit_selector(self, log: RunLog) -> None:
+        section, model = self.config.selector, self.model
+        if section is None or not isinstance(model, Model):
+            return
+        data = self.config.data
+        first = self.progress.rows  # rows after those the run has seen
+        batches = (
+            self.stream.batch(first + i * data.micro_batch_rows, data.micro_batch_rows)
+            for i in itertools.count()
+        )
+        with autocast(self.device, self.config.precision):
+            losses = fit_selector(
+                model,
+                (batch.to(self.device) for batch in batches),
+                steps=section.steps,
+                lr=section.lr,
+                rows=section.rows,
+                say=log.say,
+            )
+        log.write(step=self.progress.step, selector_losses=losses)
+
     def _finish(self, log: RunLog) -> None:
+        self._fit_selector(log)
         self._report_validation(log)
         self._write(self.out_dir / FINAL_NAME)
         name = self.out_dir.name

@@ -2,8 +2,8 @@
 
     muon    2-D hidden matrices (and stacks of them)            Muon, weight decay
     embed   token embedding and output head                     AdamW without decay
-    scalar  norms, biases, scalars, gates, sinks, hyper-        AdamW without decay
-            connections, routers, short convolutions
+    scalar  norms, biases, slopes, sinks, short convolutions    AdamW without decay
+    mixing  scales and biases of the hyper-connections          the same, at a tenth of the rate
     table   Engram rows                                         row-wise Adam, touched rows only
 
 The split follows DeepSeek-V4 section 2.4 and the Engram paper (arXiv 2601.07372). Table gradients
@@ -24,25 +24,27 @@ from model1.train.config import OptimSection
 
 TABLE_PATTERN = re.compile(r"(^|\.)table\.weight$")
 EMBED_PATTERN = re.compile(r"(^|\.)(embed|embed_tokens|embedding|lm_head|head)\.weight$")
-# Small or zero-started maps whose step must not be set by their shape.
-SCALAR_PATTERN = re.compile(
-    r"(^|[._])(mhc|hc|fn|norm|conv|sink|router|output_gate|basis|bias)([._]|$)|(^|\.)gate\."
-)
+SCALAR_PATTERN = re.compile(r"(^|[._])(scale|base|norm|conv|sink|slope|basis|mean|bias)([._]|$)")
+# Scalars and biases of the hyper-connections move the residual mixing of every token.
+MIXING_PATTERN = re.compile(r"(^|\.)mhc_\w+\.(scale|base)$")
+MIXING_LR_SHARE = 0.1
 # Quintic Newton-Schulz coefficients that push singular values to [0.7, 1.2] in five steps
 # (Jordan et al. 2024, "Muon").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-GROUPS = ("muon", "embed", "scalar", "table")
+GROUPS = ("muon", "embed", "scalar", "mixing", "table")
 
 Named = tuple[str, nn.Parameter]
 
 
 def group_of(name: str, parameter: Tensor) -> str:
-    """Group of a parameter by its name and shape: "muon", "embed", "scalar" or "table"."""
+    """Group of a parameter by its name and shape: one of GROUPS."""
     if TABLE_PATTERN.search(name):
         return "table"
     if EMBED_PATTERN.search(name):
         return "embed"
+    if MIXING_PATTERN.search(name):
+        return "mixing"
     if parameter.ndim < 2 or min(parameter.shape) == 1 or SCALAR_PATTERN.search(name):
         return "scalar"
     return "muon"
@@ -85,7 +87,7 @@ class Muon:
     def step(self, lr: float) -> None:
         """Update every parameter from its `.grad`; a missing gradient counts as zero."""
         for stack, buffer in zip(self.stacks, self.buffers, strict=True):
-            parameters = [p for _, p in stack]
+            parameters: list[Tensor] = [p for _, p in stack]
             grads = torch.stack([_grad_or_zero(p) for p in parameters])
             buffer.lerp_(grads, 1.0 - self.momentum)
             update = newton_schulz(grads.lerp_(buffer, self.momentum).flatten(0, -3))
@@ -183,7 +185,7 @@ class RowAdam:
         }
 
 
-def _grad_or_zero(parameter: nn.Parameter) -> Tensor:
+def _grad_or_zero(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
@@ -202,6 +204,7 @@ class Optimizer:
         self.muon = Muon(self.groups["muon"], settings.muon_momentum, settings.muon_weight_decay)
         self.embed = Adam(self.groups["embed"], *betas)
         self.scalar = Adam(self.groups["scalar"], *betas)
+        self.mixing = Adam(self.groups["mixing"], *betas)
         self.table = RowAdam(self.groups["table"], settings.adam_beta1, settings.table_beta2)
 
     def clip(self) -> Tensor:
@@ -218,11 +221,14 @@ class Optimizer:
         self.muon.step(settings.muon_lr * factor)
         self.embed.step(settings.embed_lr * factor)
         self.scalar.step(settings.scalar_lr * factor)
+        self.mixing.step(settings.scalar_lr * MIXING_LR_SHARE * factor)
         self.table.step(settings.table_lr * factor)
         for p in self.parameters:
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Every state tensor by "parameter/key"; writing into them restores a state."""
-        parts: Iterable[Muon | Adam | RowAdam] = (self.muon, self.embed, self.scalar, self.table)
+        parts: Iterable[Muon | Adam | RowAdam] = (
+            self.muon, self.embed, self.scalar, self.mixing, self.table,
+        )  # fmt: skip
         return {key: value for part in parts for key, value in part.state().items()}

@@ -41,9 +41,7 @@ def held_out_loss(
         count += int((batch.targets != IGNORE).sum())
         batch = batch.to(device)
         with autocast():
-            hidden, _ = trainable.forward_hidden(
-                batch.input_ids, doc_starts=batch.doc_starts
-            )
+            hidden, _ = trainable.forward_hidden(batch.input_ids, doc_starts=batch.doc_starts)
             weight = trainable.output_weight
             flat = hidden.flatten(0, 1), weight, batch.targets.flatten()
             total += chunked_cross_entropy(*flat, CHUNK_TOKENS)

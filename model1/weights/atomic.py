@@ -96,6 +96,8 @@ def _sync_tree(root: Path) -> None:
 
 
 def _check_replaceable(target: Path) -> None:
+    if target.parent.exists() and not target.parent.is_dir():
+        raise CheckpointError(f"cannot write {target}: {target.parent} is not a directory")
     if not target.exists():
         return
     if not target.is_dir():

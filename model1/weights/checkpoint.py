@@ -46,9 +46,10 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint that `load_model` reads, and return its directory.
 
-    state: the model's `state_dict()`, any device and float dtype. tokenizer: an instance or the directory of one. provenance: JSON data with at least
-    PROVENANCE_KEYS. Files are written beside `directory`, flushed and renamed: an existing
-    checkpoint stays readable until the new one is complete, and nothing is left on failure.
+    state: the model's `state_dict()`, any device and float dtype. tokenizer: an instance or the
+    directory of one. provenance: JSON data with at least PROVENANCE_KEYS. Files are written beside
+    `directory`, flushed and renamed: an existing checkpoint stays readable until the new one is
+    complete, and nothing is left on failure.
 
     Raises CheckpointError for NaN or infinity, tensors or a tokenizer that do not fit the config,
     missing provenance, a target that is not a checkpoint, or a failed write; TokenizerError.

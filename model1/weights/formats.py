@@ -155,6 +155,8 @@ def dequantize_rows(store: RowStore) -> Tensor:
 def _encode(name: str, tensor: Tensor, formats: StorageFormats) -> dict[str, Tensor]:
     if not tensor.is_floating_point():
         return {name: tensor}
+    if not torch.isfinite(tensor).all():
+        raise ValueError("it must be finite, it holds NaN or infinity")
     storage = formats.storage(name, tensor.shape)
     if storage == "table":
         rows = quantize_rows(tensor, formats.tables).to_tensors()
@@ -163,8 +165,6 @@ def _encode(name: str, tensor: Tensor, formats: StorageFormats) -> dict[str, Ten
     if storage == "fp8":
         blocks = quantize_blocks(tensor)
         return {name: blocks.x_fp8, name + SCALE_SUFFIX: blocks.x_scale}
-    if not torch.isfinite(tensor).all():
-        raise ValueError("it must be finite, it holds NaN or infinity")
     return {name: tensor.to(_DTYPES[storage])}
 
 

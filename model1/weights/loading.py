@@ -76,13 +76,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_state(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and all tensors, tables included, by the model's names.
+    """The config and all tensors, tables included, by the model's names; floats come as fp32.
 
-    FP8 matrices and tables come as fp32, other tensors as stored. Raises as `read_checkpoint`.
+    Raises as `read_checkpoint`.
     """
     checkpoint = read_checkpoint(path)
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in checkpoint.state.tensors.items()
+    }
     tables = {name: dequantize_rows(store) for name, store in checkpoint.state.tables.items()}
-    return checkpoint.config, checkpoint.state.tensors | tables
+    return checkpoint.config, tensors | tables
 
 
 def load_model(

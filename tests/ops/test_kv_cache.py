@@ -256,6 +256,7 @@ def test_one_bad_channel_spoils_its_tile_only(layout: KVLayout) -> None:
         quantize_and_store(kv, cache, torch.tensor([0]), layout=layout, block_size=1)
         out = gather_and_dequantize(cache, torch.tensor([0]), layout=layout, block_size=1)
         assert out[0, : layout.tile].isnan().all()
+        assert (cache[0, : layout.tile] == 0x7F).all()  # one NaN, whatever the sign was
         assert (out[0, layout.tile :] == 1).all()
 
 

@@ -33,11 +33,11 @@ def dense_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.dense_attention.dense_attention`."""
     t, h, d = q.shape
-    scores = (q.reshape(t * h, d) @ kv.T).view(t, h, -1).float() * softmax_scale
+    scores = (q.reshape(t * h, d) @ kv.T).view(t, h, len(kv)).float() * softmax_scale
     mask = range_mask(kv.shape[0], key_start, key_end)
     scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
     probabilities, lse = _softmax_with_sink(scores, attn_sink)
-    out = probabilities.to(kv.dtype).view(t * h, -1) @ kv[:, :value_dim]
+    out = probabilities.to(kv.dtype).flatten(0, 1) @ kv[:, :value_dim]
     return out.view(t, h, value_dim), lse
 
 

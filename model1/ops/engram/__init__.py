@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from model1.ops.engram.hashing import HashSpec, build_hash_specs, check_compression_table
-from model1.ops.engram.ref import (
-    conv_window_ref,
-    engram_gate_ref,
-    engram_hash_ref,
-    engram_short_conv_ref,
-)
+from model1.ops.engram.ref import engram_gate_ref, engram_hash_ref, engram_short_conv_ref
 from model1.ops.engram.rows import RowStore, quantize_rows
 
 __all__ = [
@@ -26,7 +21,6 @@ __all__ = [
     "RowStore",
     "build_hash_specs",
     "check_compression_table",
-    "conv_window",
     "engram_gate",
     "engram_hash",
     "engram_short_conv",
@@ -114,8 +108,8 @@ def engram_short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: fl
 
     out[t, c] = silu(sum_j weight[c, j] * RMSNorm(x[t, j])[c])
 
-    x: [t, K, n*d], the values the taps see, oldest first, the token itself last, zeros before
-    the sequence start (see `conv_window`). weight: [n*d, K]. norm_weight: [n, d]; the norm is
+    x: [t, K, n*d], the tokens that the taps see, oldest first, the token itself last, zeros before
+    the sequence start. weight: [n*d, K]. norm_weight: [n, d]; the norm is
     per stream. A token's result does not depend on how the sequence was cut into chunks.
     Source: arXiv 2601.07372, section 2.3.
     """
@@ -129,19 +123,6 @@ def engram_short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: fl
     _check_shape("weight", weight, (channels, num_taps))
     _check_eps(eps)
     return engram_short_conv_ref(x, weight, norm_weight, eps)
-
-
-def conv_window(x: Tensor, source_rows: Tensor) -> Tensor:
-    """Window of each token for `engram_short_conv`: x[source_rows], zeros where it is -1.
-
-    x: [m, channels]. source_rows: [t, K] int64, oldest first; for kernel K and dilation D,
-    column j of a token at row r is r - D * (K - 1 - j), or -1 before its sequence's start.
-    Returns [t, K, channels] in x's dtype; differentiable in x.
-    """
-    if x.ndim != 2 or x.shape[0] == 0:
-        raise ValueError(f"x must be [m, channels] with m > 0, got shape {tuple(x.shape)}")
-    _check_int64("source_rows", source_rows, 2)
-    return conv_window_ref(x, source_rows)
 
 
 # The messages are built on failure only: these checks run for every layer of every step.

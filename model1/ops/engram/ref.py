@@ -68,22 +68,14 @@ def engram_gate_ref(
 
 def engram_short_conv_ref(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
     """Oracle of `engram_short_conv`; fp32, or fp64 when x is fp64."""
-    num_tokens, num_taps, channels = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
-    branches = x.to(dtype).view(num_tokens, num_taps, *norm_weight.shape)
+    branches = x.to(dtype).unflatten(2, norm_weight.shape)
     rstd = torch.rsqrt(branches.square().mean(-1, keepdim=True) + eps)
-    normed = (branches * rstd * norm_weight.to(dtype)).view(num_tokens, num_taps, channels)
+    normed = (branches * rstd * norm_weight.to(dtype)).flatten(2)
     taps = weight.to(dtype).unbind(1)
     # Added tap by tap: a library sum may pick its order by shape, and a token must not change
     # with the size of the chunk it is computed in.
     total = normed[:, 0] * taps[0]
-    for tap in range(1, num_taps):
+    for tap in range(1, len(taps)):
         total = total + normed[:, tap] * taps[tap]
     return F.silu(total).to(x.dtype)
-
-
-def conv_window_ref(x: Tensor, source_rows: Tensor) -> Tensor:
-    """Oracle of `conv_window`."""
-    absent = (source_rows < 0).unsqueeze(-1)
-    window = x.index_select(0, source_rows.clamp(min=0).flatten())
-    return window.view(*source_rows.shape, x.shape[-1]).masked_fill(absent, 0.0)

@@ -18,7 +18,7 @@ def lowrank_scores_ref(
     # One product of width r + d_rope serves both parts.
     scan_q = torch.cat([q_nope @ basis.T.to(q.dtype), q_rope], dim=-1).flatten(0, 1)
     scan_k = torch.cat([z, k_rope], dim=-1).to(q.dtype)
-    scores = (scan_q @ scan_k.T).view(t, h, -1).float()
+    scores = (scan_q @ scan_k.T).view(t, h, len(z)).float()
     offset = (q_nope @ mean.to(q.dtype)).float()
     return (scores + offset.unsqueeze(-1)) * softmax_scale
 

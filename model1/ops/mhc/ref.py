@@ -44,10 +44,14 @@ def mhc_head_ref(
 
 def mhc_collapse_ref(x: Tensor, pre: Tensor) -> Tensor:
     """See `model1.ops.mhc.mhc_collapse`."""
-    return torch.bmm(pre.to(x.dtype)[:, None, :], x)[:, 0]
+    return (pre.to(x.dtype).unsqueeze(-1) * x).sum(dim=1)
 
 
 def mhc_write_back_ref(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See `model1.ops.mhc.mhc_write_back`."""
-    mixed = torch.bmm(comb.transpose(1, 2).to(x.dtype), x)
-    return torch.addcmul(mixed, post.to(x.dtype)[:, :, None], y[:, None, :])
+    # Unrolled over the few input streams: products this thin are slow as batched matrix products.
+    weights = comb.to(x.dtype).unsqueeze(-1)
+    out = post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(1)
+    for j in range(x.shape[1]):
+        out = torch.addcmul(out, weights[:, j], x[:, j].unsqueeze(1))
+    return out

@@ -13,11 +13,11 @@ def moe_route_ref(
     logits: Tensor, balance_bias: Tensor, *, topk: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.moe.moe_route`."""
-    affinity = F.softplus(logits.float()).sqrt()
+    # In fp32 softplus is 0 for logits under -100, where the root has no finite slope.
+    affinity = F.softplus(logits.float()).clamp(min=1e-30).sqrt()
     expert_ids = (affinity.detach() + balance_bias).topk(topk, dim=-1).indices
     weights = affinity.gather(-1, expert_ids)
-    # softplus never reaches 0 exactly, yet fp32 does for logits under -100.
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights * scaling, expert_ids
 
 

@@ -23,7 +23,7 @@ def remainder_ref(
     total = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
     weights = torch.exp(scores - total.unsqueeze(-1)).to(z.dtype)
     rest = torch.cat([z, k_rope], dim=-1) if rotary_value else z
-    summed = (weights.view(t * h, s) @ rest).view(t, h, -1)
+    summed = (weights.view(t * h, s) @ rest).view(t, h, rest.shape[-1])
     rank = z.shape[-1]
     mass = weights.sum(dim=-1, keepdim=True)
     nope = summed[..., :rank] @ basis.to(z.dtype) + mass * mean.to(z.dtype)

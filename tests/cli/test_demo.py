@@ -1,0 +1,77 @@
+"""The demo's own logic; `make demo` as a whole is run by the test of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from model1.cli import demo
+
+
+def chunk(text: str | None, tokens: int | None = None) -> Any:
+    choices = [] if text is None else [SimpleNamespace(text=text)]
+    usage = SimpleNamespace(prompt_tokens=3, completion_tokens=tokens) if tokens else None
+    return SimpleNamespace(choices=choices, usage=usage)
+
+
+def test_a_stream_becomes_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = [chunk(""), chunk("re"), chunk("turn 1"), chunk(None, tokens=3)]
+    answer = demo.read_stream("x", lambda: iter(chunks), show=True)
+    assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == ("return 1", 3, 3)
+    assert answer.tokens_per_second > 0
+    assert capsys.readouterr().out == "return 1\n"
+
+
+@pytest.mark.parametrize("chunks", [[], [chunk(" \n", tokens=2)], [chunk("x")]])
+def test_an_answer_without_text_or_usage_is_a_failure(chunks: list[Any]) -> None:
+    with pytest.raises(demo.DemoError, match="no text came back for: x"):
+        demo.read_stream("x", lambda: iter(chunks), show=False)
+
+
+def test_eight_requests_become_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    def complete(prompt: str) -> Iterator[Any]:
+        return iter([chunk(prompt[:4]), chunk(None, tokens=5)])
+
+    answer = demo.ask_together(complete)
+    assert answer.completion_tokens == 40
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    demo.print_table([answer], 584)
+    table = capsys.readouterr().out
+    assert "tokens/s" in table
+    assert "584" in table
+
+
+def test_the_long_prompt_is_source_code_cut_where_a_body_must_follow() -> None:
+    name, prompt = demo.long_prompt()
+    assert name == "threading.py"
+    assert demo.LONG_PROMPT_CHARS * 0.9 < len(prompt) <= demo.LONG_PROMPT_CHARS
+    assert prompt.splitlines()[-1].startswith("    def ")
+    assert prompt.endswith(":\n")
+
+
+@pytest.mark.slow
+def test_a_failure_exits_1_with_the_servers_log(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Its weights are random and its context is too short for the long file.
+    assert demo.main([str(checkpoint)]) == 1
+    shown = capsys.readouterr()
+    assert "server ready at http://127.0.0.1:" in shown.out
+    assert "end of the server's log:" in shown.err
+    assert shown.err.startswith("error: ")
+    assert "ready on http" in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_exits_1_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main([str(tmp_path / "nothing")]) == 1
+    error = capsys.readouterr().err
+    assert "the server did not start" in error
+    assert "nothing" in error.splitlines()[-1]
