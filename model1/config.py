@@ -9,28 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from model1.errors import ConfigError
+from model1.strict import build_dataclass, not_negative, positive, require
 
 MODEL_TYPE = "model1"
-
-_T = typing.TypeVar("_T")
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
-def _positive(part: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(part, name)
-        _require(value > 0, f"{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +29,9 @@ class YarnConfig:
     beta_slow: float
 
     def __post_init__(self) -> None:
-        _require(self.factor >= 1.0, f"factor must be at least 1, got {self.factor}")
-        _positive(self, "original_max_position_embeddings")
-        _require(
+        require(self.factor >= 1.0, f"factor must be at least 1, got {self.factor}")
+        positive(self, "original_max_position_embeddings")
+        require(
             self.beta_fast > self.beta_slow > 0,
             f"beta_fast must exceed beta_slow > 0, got {self.beta_fast} and {self.beta_slow}",
         )
@@ -74,16 +60,16 @@ class AttentionConfig:
     rope_theta: float
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.form in ("model1", "v32"), f"form must be 'model1' or 'v32', got {self.form!r}"
         )
-        _positive(self, "num_attention_heads", "q_lora_rank", "qk_nope_head_dim", "o_groups")
-        _positive(self, "o_lora_rank", "sliding_window", "rope_theta")
+        positive(self, "num_attention_heads", "q_lora_rank", "qk_nope_head_dim", "o_groups")
+        positive(self, "o_lora_rank", "sliding_window", "rope_theta")
         rope = self.qk_rope_head_dim
-        _require(
+        require(
             rope > 0 and rope % 2 == 0, f"qk_rope_head_dim must be even and positive, got {rope}"
         )
-        _require(
+        require(
             self.num_attention_heads % self.o_groups == 0,
             f"o_groups must divide num_attention_heads {self.num_attention_heads}, "
             f"got {self.o_groups}",
@@ -91,12 +77,12 @@ class AttentionConfig:
         for name in ("kv_lora_rank", "v_head_dim"):
             value = getattr(self, name)
             if self.form == "v32":
-                _require(
+                require(
                     value is not None and value > 0,
                     f"{name} must be positive when form is 'v32', got {value}",
                 )
             else:
-                _require(value is None, f"{name} must be null when form is 'model1', got {value}")
+                require(value is None, f"{name} must be null when form is 'model1', got {value}")
 
     @property
     def latent_nope_dim(self) -> int:
@@ -125,7 +111,7 @@ class VvpaConfig:
     reference_length: int  # L0
 
     def __post_init__(self) -> None:
-        _positive(self, "reference_length")
+        positive(self, "reference_length")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,12 +124,12 @@ class SparseConfig:
     dense_below: int  # queries that see at most this many tokens attend to all of them
 
     def __post_init__(self) -> None:
-        _positive(self, "index_rank", "index_topk")
-        _require(
+        positive(self, "index_rank", "index_topk")
+        require(
             0.0 < self.core_fraction <= 1.0,
             f"core_fraction must be in (0, 1], got {self.core_fraction}",
         )
-        _require(self.dense_below >= 0, f"dense_below must not be negative, got {self.dense_below}")
+        not_negative(self, "dense_below")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,8 +142,8 @@ class MhcConfig:
     res_init: float  # tau: the residual mixing logits start at tau * I
 
     def __post_init__(self) -> None:
-        _require(self.hc_mult >= 2, f"hc_mult must be at least 2, got {self.hc_mult}")
-        _positive(self, "hc_sinkhorn_iters", "hc_eps")
+        require(self.hc_mult >= 2, f"hc_mult must be at least 2, got {self.hc_mult}")
+        positive(self, "hc_sinkhorn_iters", "hc_eps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,20 +158,13 @@ class MoeConfig:
     first_k_dense_replace: int  # the first k layers keep a dense feed-forward
 
     def __post_init__(self) -> None:
-        _positive(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-        _positive(self, "routed_scaling_factor")
-        _require(
-            self.n_shared_experts >= 0,
-            f"n_shared_experts must not be negative, got {self.n_shared_experts}",
-        )
-        _require(
+        positive(self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+        positive(self, "routed_scaling_factor")
+        not_negative(self, "n_shared_experts", "first_k_dense_replace")
+        require(
             self.num_experts_per_tok <= self.n_routed_experts,
             f"num_experts_per_tok must be at most n_routed_experts {self.n_routed_experts}, "
             f"got {self.num_experts_per_tok}",
-        )
-        _require(
-            self.first_k_dense_replace >= 0,
-            f"first_k_dense_replace must not be negative, got {self.first_k_dense_replace}",
         )
 
 
@@ -204,17 +183,17 @@ class EngramConfig:
     short_conv: bool
 
     def __post_init__(self) -> None:
-        _require(len(self.engram_layer_ids) > 0, "engram_layer_ids must not be empty")
-        _require(
+        require(len(self.engram_layer_ids) > 0, "engram_layer_ids must not be empty")
+        require(
             len(set(self.engram_layer_ids)) == len(self.engram_layer_ids),
             f"engram_layer_ids must be distinct, got {list(self.engram_layer_ids)}",
         )
-        _require(
+        require(
             self.engram_max_ngram_size >= 2,
             f"engram_max_ngram_size must be at least 2, got {self.engram_max_ngram_size}",
         )
-        _positive(self, "engram_n_heads", "engram_head_dim", "engram_vocab_size")
-        _positive(self, "engram_compressed_vocab_size")
+        positive(self, "engram_n_heads", "engram_head_dim", "engram_vocab_size")
+        positive(self, "engram_compressed_vocab_size")
 
     @property
     def num_tables(self) -> int:
@@ -248,34 +227,38 @@ class ModelConfig:
     engram: EngramConfig | None
 
     def __post_init__(self) -> None:
-        _positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-        _positive(self, "max_position_embeddings", "rms_norm_eps")
-        _require(
+        positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+        positive(self, "max_position_embeddings", "rms_norm_eps")
+        require(
+            self.swiglu_limit is None or self.swiglu_limit > 0,
+            f"swiglu_limit must be positive or null, got {self.swiglu_limit}",
+        )
+        require(
             self.num_nextn_predict_layers in (0, 1),
             f"num_nextn_predict_layers must be 0 or 1, got {self.num_nextn_predict_layers}",
         )
-        _require(
+        require(
             not (self.attention.form == "v32" and self.vvpa.rotary_value),
             "rotary_value must be false when form is 'v32': its value has no rotary channels",
         )
         if self.sparse is not None:
-            _require(
+            require(
                 self.sparse.index_rank <= self.attention.latent_nope_dim,
                 f"index_rank must be at most the latent's {self.attention.latent_nope_dim} "
                 f"unrotated channels, got {self.sparse.index_rank}",
             )
-            _require(
+            require(
                 self.sparse.index_topk >= self.attention.sliding_window,
                 f"index_topk must be at least sliding_window {self.attention.sliding_window}, "
                 f"got {self.sparse.index_topk}",
             )
         if self.engram is not None:
-            _require(
+            require(
                 all(0 <= i < self.num_hidden_layers for i in self.engram.engram_layer_ids),
                 f"engram_layer_ids must be in [0, {self.num_hidden_layers}), "
                 f"got {list(self.engram.engram_layer_ids)}",
             )
-            _require(
+            require(
                 0 <= self.engram.engram_pad_token_id < self.vocab_size,
                 f"engram_pad_token_id must be in [0, {self.vocab_size}), "
                 f"got {self.engram.engram_pad_token_id}",
@@ -305,9 +288,7 @@ class ModelConfig:
         """Strict inverse of `to_dict`: an unknown, missing or wrongly typed key is an error."""
         data = dict(data)
         model_type = data.pop("model_type", None)
-        _require(
-            model_type == MODEL_TYPE, f"model_type must be {MODEL_TYPE!r}, got {model_type!r}"
-        )
+        require(model_type == MODEL_TYPE, f"model_type must be {MODEL_TYPE!r}, got {model_type!r}")
         data.pop("architectures", None)
         return build_dataclass(cls, data)
 
@@ -321,47 +302,6 @@ class ModelConfig:
             raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
         except ValueError as error:
             raise ConfigError(f"config {path} is not valid JSON: {error}") from error
-        _require(isinstance(data, dict), f"config {path} must hold a JSON object")
+        require(isinstance(data, dict), f"config {path} must hold a JSON object")
         data.pop("quantization", None)  # how the weights are stored; read by model1.weights
         return cls.from_dict(data)
-
-
-def build_dataclass(cls: type[_T], data: dict[str, Any], *, where: str = "") -> _T:
-    """Build a config dataclass from plain data, rejecting unknown, missing and mistyped keys."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(fields))
-    _require(not unknown, f"unknown config key {where}{unknown[0]}" if unknown else "")
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _convert(hints[name], data[name], where + name)
-        else:
-            has_default = (
-                field.default is not dataclasses.MISSING
-                or field.default_factory is not dataclasses.MISSING
-            )
-            _require(has_default, f"missing config key {where}{name}")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), f"{where} must be an object, got {value!r}")
-        return build_dataclass(hint, value, where=where + ".")  # type: ignore[arg-type]
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
-        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is Literal:
-        _require(value in args, f"{where} must be one of {list(args)}, got {value!r}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    good = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    _require(good, f"{where} must be {hint.__name__}, got {value!r}")
-    return value

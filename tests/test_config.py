@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from model1 import presets
-from model1.config import ModelConfig, build_dataclass
+from model1.config import ModelConfig
+from model1.strict import build_dataclass
 from model1.errors import ConfigError
 
 PRESETS = {

@@ -177,7 +177,7 @@ def test_make_demo() -> None:
 @one_worker
 def test_offline_snippet() -> None:
     result = run([sys.executable, "-c", snippet("from model1 import LLM")], timeout_s=120)
-    assert "return" in result.stdout
+    assert result.stdout.count(" length\n") + result.stdout.count(" stop\n") == 2
 
 
 @pytest.mark.slow

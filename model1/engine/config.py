@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "fp32", "bf16"),
+    "dtype": ("auto", "fp32", "bf16", "int8"),
     "kv_cache_dtype": ("auto", "fp32", "bf16", "fp8"),
 }
 
@@ -33,7 +33,7 @@ class EngineConfig:
     """Engine options. "auto" and None are filled by `resolve`."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     kv_cache_dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     max_model_len: int | None = None  # prompt plus generated tokens of one request
     max_num_seqs: int = 16  # requests in one step
@@ -76,7 +76,9 @@ def resolve_placement(config: EngineConfig, *, has_cuda: bool | None = None) -> 
     if config.device == "cuda" and not has_cuda:
         raise DeviceError("device 'cuda' was asked for, but PyTorch finds no CUDA device")
     device = ("cuda" if has_cuda else "cpu") if config.device == "auto" else config.device
-    dtype = ("bf16" if device == "cuda" else "fp32") if config.dtype == "auto" else config.dtype
+    dtype = ("bf16" if device == "cuda" else "int8") if config.dtype == "auto" else config.dtype
+    if dtype == "int8" and device != "cpu":
+        raise ConfigError(f"dtype int8 needs device cpu, got {device}")
     return dataclasses.replace(config, device=device, dtype=dtype)
 
 

@@ -16,7 +16,7 @@ from model1.errors import RequestError
 from model1.weights import default_checkpoint, load_model
 
 Message = Mapping[str, str]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"int8": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,8 @@ class LLM:
         config = resolve_placement(EngineConfig(**options))
         path = default_checkpoint() if path is None else path
         model, self.tokenizer = load_model(path, device=config.device, dtype=_DTYPES[config.dtype])
+        if config.dtype == "int8":
+            model.pack_int8()
         self.engine = Engine(model, self.tokenizer, config)
         self._num_requests = 0
 

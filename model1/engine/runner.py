@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# A CPU step of at most this many tokens runs on one thread: its many small operations gain nothing
+# from a second one, and on a busy machine waiting for it costs far more than the step.
+ONE_THREAD_TOKENS = 16
+
 
 class ModelRunner:
     """Owns the KV cache. `config` must be resolved; its device is where the model already is."""
@@ -28,6 +32,7 @@ class ModelRunner:
             raise AssertionError("ModelRunner needs a resolved config")
         self._model = model.eval()
         self._device = next(model.parameters()).device
+        self._num_threads = torch.get_num_threads()
         self._block_size = config.block_size
         engram = model.config.engram
         self._ngram_size = 1 if engram is None else engram.engram_max_ngram_size
@@ -60,6 +65,9 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, step: Sequence[ScheduledRequest]) -> Tensor:
         """Logits [n, v] float32 of the requests with `needs_logits`, in the order of the step."""
+        if self._device.type == "cpu":
+            tokens = sum(part.num_new_tokens for part in step)
+            torch.set_num_threads(1 if tokens <= ONE_THREAD_TOKENS else self._num_threads)
         meta = build_metadata(
             step,
             block_size=self._block_size,

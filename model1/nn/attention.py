@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model1.config import ModelConfig
 from model1.nn.indexer import LowRankSelector
-from model1.nn.layers import Linear, RmsNorm
+from model1.nn.layers import Linear, RmsNorm, new_weight
 from model1.nn.vvpa import LogTemperature, OutputGate
 from model1.ops.norm import rms_norm
 from model1.ops.rope import apply_rope
@@ -58,14 +58,10 @@ class Attention(nn.Module):
             assert a.kv_lora_rank is not None
             out_dim = a.v_head_dim
             std = a.kv_lora_rank**-0.5
-            self.wk_b = nn.Parameter(
-                torch.randn(self.heads, a.qk_nope_head_dim, a.kv_lora_rank) * std
-            )
-            self.wv_b = nn.Parameter(torch.randn(self.heads, out_dim, a.kv_lora_rank) * std)
+            self.wk_b = new_weight(self.heads, a.qk_nope_head_dim, a.kv_lora_rank, std=std)
+            self.wv_b = new_weight(self.heads, out_dim, a.kv_lora_rank, std=std)
         group_in = self.heads // self.groups * out_dim
-        self.wo_a = nn.Parameter(
-            torch.randn(self.groups, a.o_lora_rank, group_in) * group_in**-0.5
-        )
+        self.wo_a = new_weight(self.groups, a.o_lora_rank, group_in, std=group_in**-0.5)
         self.wo_b = Linear(self.groups * a.o_lora_rank, config.hidden_size, zero_init=True)
         self.attn_sink = nn.Parameter(torch.zeros(self.heads)) if a.attn_sink else None
         self.gate = OutputGate(config) if config.vvpa.output_gate else None

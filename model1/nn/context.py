@@ -96,6 +96,7 @@ def _dense_rows(
             q[i : i + DENSE_ROW_CHUNK], kv,
             key_start[i : i + DENSE_ROW_CHUNK], key_end[i : i + DENSE_ROW_CHUNK],
             value_dim=spec.value_dim, softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink,
+            return_lse=False,
         )[0]
         for i in range(0, len(q), DENSE_ROW_CHUNK)
     ]  # fmt: skip

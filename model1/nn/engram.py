@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model1.config import ModelConfig
-from model1.nn.layers import Linear
+from model1.nn.layers import Linear, new_weight
 from model1.ops.engram import HashSpec, RowStore, engram_gate, engram_hash, engram_short_conv
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class EngramTable(nn.Module):
 
     def __init__(self, num_rows: int, head_dim: int) -> None:
         super().__init__()
-        self.weight: nn.Parameter | None = nn.Parameter(
-            torch.randn(num_rows, head_dim) * ROW_INIT_STD
-        )
+        self.weight: nn.Parameter | None = new_weight(num_rows, head_dim, std=ROW_INIT_STD)
         self.store: RowStore | None = None
 
     def set_rows(self, store: RowStore) -> None:
@@ -68,7 +66,9 @@ class Engram(nn.Module):
         self.table = EngramTable(spec.num_rows, engram.engram_head_dim)
         self.wkv = Linear(engram.embed_dim, c * (n + 1))
         self.norm_weight = nn.Parameter(torch.ones(n, c))
-        self.conv_weight = nn.Parameter(torch.zeros(n * c, CONV_TAPS)) if engram.short_conv else None
+        self.conv_weight = (
+            nn.Parameter(torch.zeros(n * c, CONV_TAPS)) if engram.short_conv else None
+        )
         self.conv_norm = nn.Parameter(torch.ones(n, c)) if engram.short_conv else None
         for name in ("multipliers", "table_sizes", "table_offsets"):
             values = torch.from_numpy(np.asarray(getattr(spec, name)))
@@ -83,7 +83,9 @@ class Engram(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor, context: Context) -> Tensor:
         """Streams x [t, n, c] to x plus the memory's contribution."""
-        keys_value = self.wkv(self.table(rows).to(x.dtype)).unflatten(-1, (self.num_streams + 1, -1))
+        keys_value = self.wkv(self.table(rows).to(x.dtype)).unflatten(
+            -1, (self.num_streams + 1, -1)
+        )
         key, value = keys_value[:, :-1], keys_value[:, -1]
         gated, _ = engram_gate(x, key, value, self.norm_weight, eps=self.eps)
         if self.conv_weight is None or self.conv_norm is None:

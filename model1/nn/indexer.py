@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import ModelConfig, SparseConfig
+from model1.nn.layers import new_weight
 from model1.ops.dense_attention.ref import range_mask
-from model1.ops.indexer import lowrank_scores, select_core
+from model1.ops.indexer import lowrank_scores, scan_weights, select_core
 from model1.ops.remainder import merge, remainder
 from model1.ops.sparse_attention import sparse_attention
 
@@ -62,7 +63,10 @@ class LowRankSelector(nn.Module):
         super().__init__()
         assert config.sparse is not None
         dim, rank = config.attention.latent_nope_dim, config.sparse.index_rank
-        self.basis = nn.Parameter(torch.linalg.qr(torch.randn(dim, rank))[0].T.contiguous())
+        basis = new_weight(dim, rank, std=1.0).data
+        if not basis.is_meta:
+            basis = torch.linalg.qr(basis)[0]
+        self.basis = nn.Parameter(basis.T.contiguous())
         self.mean = nn.Parameter(torch.zeros(dim))
         self.sparse = config.sparse
         self.sliding_window = config.attention.sliding_window
@@ -96,12 +100,11 @@ class LowRankSelector(nn.Module):
         z [s, r] and k_rope [s, d_rope] cover all keys; fetch(indices [t, k]) returns the full
         latents [t, k, d] with zeros where the index is -1.
         """
-        scores = lowrank_scores(
-            q, z, k_rope, self.basis, self.mean, softmax_scale=softmax_scale
-        )
+        scores = lowrank_scores(q, z, k_rope, self.basis, self.mean, softmax_scale=softmax_scale)
+        weights, row_max = scan_weights(scores, key_start, key_end)
         count = core_count(key_end - key_start, self.sparse, self.sliding_window)
         topk_indices = select_core(
-            scores, key_start, key_end, count,
+            weights, key_start, key_end, count,
             topk=int(count.max()), sliding_window=min(self.sliding_window, int(count.max())),
         )  # fmt: skip
         valid = topk_indices >= 0
@@ -112,7 +115,7 @@ class LowRankSelector(nn.Module):
         spare = torch.cat([in_rest, in_rest.new_zeros(len(in_rest), 1)], dim=1)
         spare.scatter_(1, topk_indices.masked_fill(~valid, z.shape[0]), False)
         rest_out, rest_lse = remainder(
-            scores, z.to(q.dtype), k_rope.to(q.dtype), self.basis, self.mean,
+            weights, row_max, z.to(q.dtype), k_rope.to(q.dtype), self.basis, self.mean,
             in_rest=spare[:, :-1], rotary_value=self.rotary_value,
         )  # fmt: skip
         out, lse = merge(core_out, core_lse, rest_out, rest_lse, attn_sink)

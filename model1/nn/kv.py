@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,22 +48,25 @@ def allocate(
             f"num_blocks and block_size must be positive, got {num_blocks}, {block_size}"
         )
     attention = config.attention
-    layout = kv_layout(
-        kind, attention.form, attention.latent_nope_dim, attention.qk_rope_head_dim
-    )
+    layout = kv_layout(kind, attention.form, attention.latent_nope_dim, attention.qk_rope_head_dim)
     layers = range(config.num_hidden_layers)
     side_dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     num_slots = num_blocks * block_size
     index: tuple[Tensor, ...] = ()
     if config.sparse is not None:
         shape = (num_slots, config.sparse.index_rank)
-        index = tuple(torch.zeros(shape, dtype=side_dtype, device=device) for _ in layers)
+        index = tuple(_zeros(shape, side_dtype, device) for _ in layers)
     conv: dict[int, Tensor] = {}
     if config.engram is not None and config.engram.short_conv:
         shape = (num_slots, config.num_streams * config.hidden_size)
-        conv = {
-            i: torch.zeros(shape, dtype=side_dtype, device=device)
-            for i in config.engram.engram_layer_ids
-        }
+        conv = {i: _zeros(shape, side_dtype, device) for i in config.engram.engram_layer_ids}
     latent = tuple(allocate_kv_cache(num_blocks, block_size, layout, device) for _ in layers)
     return KVCache(num_blocks, block_size, layout, latent, index, conv)
+
+
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU pages that take memory only once they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -9,20 +9,55 @@ from torch import Tensor, nn
 from model1.ops.norm import rms_norm
 
 
+# Up to this many rows a product with 8-bit weights is bound by reading them; beyond, arithmetic
+# decides and fp32 wins. AMD EPYC, 2 cores, torch 2.13, 2026-11-22: 1 row 0.35x, 8 rows 0.66x.
+INT8_MAX_ROWS = 16
+
+
+def new_weight(*shape: int, std: float) -> nn.Parameter:
+    """Gaussian weights, or uninitialised ones on the meta device (where nothing can be drawn)."""
+    weight = torch.empty(*shape)
+    return nn.Parameter(weight if weight.is_meta else weight.normal_(std=std))
+
+
 class Linear(nn.Module):
     """y = x W^T without bias; W may be fp32 master weights under bf16 activations."""
 
     def __init__(self, in_features: int, out_features: int, *, zero_init: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        if zero_init:
-            nn.init.zeros_(self.weight)
-        else:
-            nn.init.normal_(self.weight, std=in_features**-0.5)
+        std = 0.0 if zero_init else in_features**-0.5
+        self.weight = new_weight(out_features, in_features, std=std)
+        self.int8: tuple[Tensor, Tensor] | None = None  # codes [out, in], scale [out] bf16
+
+    def pack_int8(self) -> None:
+        """Add an 8-bit copy for steps of a few tokens on a CPU, and round the weight to it.
+
+        W ~= codes * scale, one scale per output row. The copy is read with bf16 activations.
+        """
+        weight = self.weight.data.float()
+        # The kernel takes the scale in bf16: rounded first, so that both copies are one matrix.
+        scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127.0).bfloat16()
+        codes = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.weight.data = (codes * scale.float()[:, None]).to(self.weight.dtype)
+        self.int8 = codes.to(torch.int8), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self.int8 is not None and x.dim() == 2 and x.shape[0] <= INT8_MAX_ROWS:
+            return torch._weight_int8pack_mm(x.bfloat16(), *self.int8).to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """One vector per token id; the weight may also serve as output head."""
+
+    def __init__(self, num_embeddings: int, dim: int, *, std: float) -> None:
+        super().__init__()
+        self.weight = new_weight(num_embeddings, dim, std=std)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[...] int64 to [..., dim]."""
+        return F.embedding(token_ids, self.weight)
 
 
 class RmsNorm(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import ModelConfig
+from model1.nn.layers import new_weight
 from model1.ops.mhc import (
     MhcCoefficients,
     mhc_coefficients,
@@ -29,11 +30,10 @@ class HyperConnection(nn.Module):
         self.iters, self.eps = config.mhc.hc_sinkhorn_iters, config.mhc.hc_eps
         self.norm_eps = config.rms_norm_eps
         width = n * config.hidden_size
-        self.fn = nn.Parameter(torch.randn(n * n + 2 * n, width) * width**-0.5)
+        self.fn = new_weight(n * n + 2 * n, width, std=width**-0.5)
         self.scale = nn.Parameter(torch.full((3,), ALPHA_INIT))
-        base = torch.zeros(n * n + 2 * n)
-        base[2 * n :] = (config.mhc.res_init * torch.eye(n)).flatten()
-        self.base = nn.Parameter(base)
+        diagonal = [config.mhc.res_init if i == j else 0.0 for i in range(n) for j in range(n)]
+        self.base = nn.Parameter(torch.tensor([0.0] * (2 * n) + diagonal))
         group = [0] * n + [1] * n + [2] * (n * n)
         self.register_buffer("group", torch.tensor(group), persistent=False)
         self.worst_error: Tensor | None = None  # a tensor while `Model.diagnostics` measures
@@ -66,15 +66,13 @@ class HyperHead(nn.Module):
         n = config.mhc.hc_mult
         self.eps, self.norm_eps = config.mhc.hc_eps, config.rms_norm_eps
         width = n * config.hidden_size
-        self.fn = nn.Parameter(torch.randn(n, width) * width**-0.5)
+        self.fn = new_weight(n, width, std=width**-0.5)
         self.scale = nn.Parameter(torch.full((1,), ALPHA_INIT))
         self.base = nn.Parameter(torch.zeros(n))
 
     def forward(self, x: Tensor) -> Tensor:
         """Streams [t, n, c] to [t, c]."""
-        weights = mhc_head(
-            x, self.fn, self.scale, self.base, eps=self.eps, norm_eps=self.norm_eps
-        )
+        weights = mhc_head(x, self.fn, self.scale, self.base, eps=self.eps, norm_eps=self.norm_eps)
         return mhc_collapse(x, weights)
 
 

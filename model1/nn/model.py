@@ -16,7 +16,7 @@ from model1.nn.context import Context, FullContext
 from model1.nn.engram import Engram, ngram_windows
 from model1.nn.indexer import LowRankSelector
 from model1.nn.kv import CacheKind, KVCache, allocate
-from model1.nn.layers import Linear, RmsNorm
+from model1.nn.layers import Embedding, Linear, RmsNorm
 from model1.nn.metadata import AttentionMetadata
 from model1.nn.mhc import HyperConnection, HyperHead
 from model1.nn.moe import MixtureOfExperts
@@ -36,9 +36,7 @@ class Model(nn.Module):
 
     compression_table: Tensor
 
-    def __init__(
-        self, config: ModelConfig, *, compression_table: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, compression_table: np.ndarray | None = None) -> None:
         super().__init__()
         self.config = config
         # The first training stage runs every layer dense; the selector is fitted after it.
@@ -61,18 +59,17 @@ class Model(nn.Module):
             specs = build_hash_specs(config.engram)
             table = torch.from_numpy(np.ascontiguousarray(compression_table, dtype=np.int64))
             self.register_buffer("compression_table", table, persistent=False)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        nn.init.normal_(self.embed.weight, std=EMBED_INIT_STD)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, std=EMBED_INIT_STD)
         self.layers = nn.ModuleList(
             Block(config, i, specs.get(i)) for i in range(config.num_hidden_layers)
         )
         self.mhc_head = HyperHead(config) if config.mhc is not None else None
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size)
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
+        # In a list, so that a tied head's copy is no parameter of the model.
+        self.packed_head: list[Linear] = []
         self.mtp = MultiTokenPrediction(config) if config.num_nextn_predict_layers else None
 
     # --- full causal forward -------------------------------------------------------------
@@ -140,8 +137,24 @@ class Model(nn.Module):
         """[vocab, c]: the head, or the embedding when they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    def pack_int8(self) -> None:
+        """Let decode steps on a CPU read 8-bit copies of the matrices; see `Linear.pack_int8`."""
+        if self.embed.weight.device.type != "cpu":
+            raise ConfigError(f"int8 weights need a CPU model, got {self.embed.weight.device}")
+        if self.head is None:
+            tied = Linear(self.config.hidden_size, self.config.vocab_size)
+            tied.weight = nn.Parameter(self.embed.weight.data, requires_grad=False)
+            tied.pack_int8()
+            self.embed.weight.data = tied.weight.data
+            self.packed_head = [tied]
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack_int8()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits of final hidden states."""
+        if self.packed_head:
+            return self.packed_head[0](hidden).float()
         return F.linear(hidden, self.output_weight.to(hidden.dtype)).float()
 
     def _run(
@@ -166,10 +179,11 @@ class Model(nn.Module):
 
     def after_optimizer_step(self) -> None:
         """Balance the experts, and make bases orthonormal again that training has moved."""
+        moved = self.selector_rows > 0 or not self.dense_attention
         for module in self.modules():
             if isinstance(module, MixtureOfExperts):
                 module.update_balance()
-            elif isinstance(module, LowRankSelector) and self.selector_rows:
+            elif isinstance(module, LowRankSelector) and moved:
                 module.retract()
 
     @torch.no_grad()

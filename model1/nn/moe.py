@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import ModelConfig
-from model1.nn.layers import Linear
+from model1.nn.layers import Linear, new_weight
 from model1.ops.activation import swiglu
 from model1.ops.moe import moe_experts, moe_route
 
@@ -41,7 +41,7 @@ class MixtureOfExperts(nn.Module):
         c, m, e = config.hidden_size, moe.moe_intermediate_size, moe.n_routed_experts
         self.gate = Linear(c, e)
         self.balance_bias = nn.Parameter(torch.zeros(e), requires_grad=False)
-        self.gate_up = nn.Parameter(torch.randn(e, 2 * m, c) * c**-0.5)
+        self.gate_up = new_weight(e, 2 * m, c, std=c**-0.5)
         self.down = nn.Parameter(torch.zeros(e, c, m))
         shared = moe.n_shared_experts
         self.shared_experts = FeedForward(config, shared * m) if shared else None
@@ -55,9 +55,7 @@ class MixtureOfExperts(nn.Module):
         )  # fmt: skip
         if self.training and torch.is_grad_enabled():  # measuring in between does not count
             self.load += torch.bincount(expert_ids.flatten(), minlength=len(self.load))
-        out = moe_experts(
-            x, weights, expert_ids, self.gate_up, self.down, swiglu_limit=self.limit
-        )
+        out = moe_experts(x, weights, expert_ids, self.gate_up, self.down, swiglu_limit=self.limit)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
     @torch.no_grad()

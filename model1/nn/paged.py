@@ -109,13 +109,9 @@ class PagedContext:
         for i, total in enumerate(meta.cache_seqlens):
             if i not in self.batched:
                 rows = slice(self.starts[i], self.starts[i + 1])
-                keys = CachedKeys(
-                    cache, layer_id, self.slots[i, :total], q.dtype, self.dense_limit
-                )
+                keys = CachedKeys(cache, layer_id, self.slots[i, :total], q.dtype, self.dense_limit)
                 key_end = meta.positions[rows] + 1
-                out[rows] = attend_request(
-                    q[rows], torch.zeros_like(key_end), key_end, spec, keys
-                )
+                out[rows] = attend_request(q[rows], torch.zeros_like(key_end), key_end, spec, keys)
         return out
 
     def _decode(self, layer_id: int, q: Tensor, spec: AttendSpec) -> Tensor:
@@ -125,7 +121,7 @@ class PagedContext:
         )  # fmt: skip
         return dense_decode(
             q, kv, self.batched_seqlens, value_dim=spec.value_dim,
-            softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink,
+            softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink, return_lse=False,
         )[0]  # fmt: skip
 
     def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:

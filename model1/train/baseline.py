@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model1.config import build_dataclass
+from model1.strict import build_dataclass
 from model1.errors import ConfigError
 
 if TYPE_CHECKING:

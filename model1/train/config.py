@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model1.config import build_dataclass
+from model1.strict import build_dataclass
 from model1.errors import ConfigError
 
 

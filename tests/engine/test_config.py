@@ -22,12 +22,12 @@ def test_autos_on_cpu(caplog: pytest.LogCaptureFixture) -> None:
         config = resolve(EngineConfig(), model_config(), has_cuda=False)
     assert config == EngineConfig(
         device="cpu",
-        dtype="fp32",
+        dtype="int8",
         kv_cache_dtype="fp32",
         max_model_len=4096,
         max_num_batched_tokens=2048,
     )
-    assert [record.message.count("dtype=fp32") for record in caplog.records] == [2]
+    assert [record.message.count("dtype=int8") for record in caplog.records] == [1]
 
 
 def test_autos_on_cuda() -> None:

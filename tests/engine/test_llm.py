@@ -33,6 +33,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((path, options))
         return FakeModel(), ChatTokenizer()
 
+    monkeypatch.setattr(FakeModel, "pack_int8", lambda self: calls.append("int8"), raising=False)
     monkeypatch.setattr(llm_module, "load_model", load_model)
     monkeypatch.setattr(llm_module, "default_checkpoint", lambda: Path("shipped"))
     return calls
@@ -40,7 +41,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_texts_and_token_ids_are_completed_in_order(loaded: list[Any]) -> None:
     llm = LLM(device="cpu", max_num_seqs=2)
-    assert loaded == [(Path("shipped"), {"device": "cpu", "dtype": torch.float32})]
+    assert loaded == [(Path("shipped"), {"device": "cpu", "dtype": torch.float32}), "int8"]
     by_text = llm.generate(["abc", "d", "ef"], ONE)
     ids = [llm.tokenizer.encode(text) for text in ("abc", "d", "ef")]
     assert [c.token_ids for c in by_text] == [naive_generate(i, ONE)[0] for i in ids]

@@ -33,7 +33,11 @@ def build(config: ModelConfig, *, seed: int = 0, noise: float = 0.1) -> Model:
 
 
 def step_metadata(
-    chunks: list[tuple[list[int], int, int]], *, block_size: int, blocks: list[list[int]], ngram: int
+    chunks: list[tuple[list[int], int, int]],
+    *,
+    block_size: int,
+    blocks: list[list[int]],
+    ngram: int,
 ) -> AttentionMetadata:
     """One step: for each request (its whole history, tokens already cached, tokens of this step)."""
     ids, positions, windows, slots, lens, totals = [], [], [], [], [], []

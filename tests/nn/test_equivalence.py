@@ -127,7 +127,7 @@ def test_packed_documents_equal_separate_rows(case) -> None:
     assert_close(packed, torch.cat(alone))
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("bf16", 0.01), ("fp8", 0.05)])
+@pytest.mark.parametrize(("kind", "limit"), [("bf16", 0.01), ("fp8", 0.06)])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_quantised_caches_stay_near_the_exact_one(name: str, kind, limit: float) -> None:
     # Dense, because a quantised key may flip a near-tie of the selector, which moves logits of

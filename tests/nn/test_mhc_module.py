@@ -92,6 +92,20 @@ def test_streams_mix_in_the_stated_direction() -> None:
     assert_near(after, x.roll(1, dims=1), 1e-4)
 
 
+def test_each_group_of_coefficients_has_its_own_gate() -> None:
+    connection = HyperConnection(presets.tiny())
+    x = torch.randn(5, 4, C)
+    with torch.no_grad():
+        connection.scale.zero_()
+        still = connection.coefficients(x)
+        for i, name in enumerate(MhcCoefficients._fields):
+            connection.scale.copy_(torch.eye(3)[i])
+            got = connection.coefficients(x)
+            for field in MhcCoefficients._fields:
+                same = torch.equal(getattr(got, field), getattr(still, field))
+                assert same == (field != name)
+
+
 def test_every_parameter_of_a_connection_learns() -> None:
     model = build(without_engram())
     model(tokens()).square().mean().backward()

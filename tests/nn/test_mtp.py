@@ -125,10 +125,10 @@ def test_it_learns_to_predict_the_token_after_the_next() -> None:
     """On rows that count upwards the answer is known from either input."""
     model = build(config(), noise=0.02).train()
     start = torch.randint(0, 256, (8, 1), generator=torch.Generator().manual_seed(0))
-    ids = (start + torch.arange(12)) % 256
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    ids = (start + torch.arange(10)) % 256
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(12):
         _, aux = model.forward_hidden(ids)
         logits = aux["mtp_hidden"][:, :-2] @ model.output_weight.T
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
@@ -136,4 +136,4 @@ def test_it_learns_to_predict_the_token_after_the_next() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]

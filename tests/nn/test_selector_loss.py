@@ -243,6 +243,20 @@ def test_fitting_makes_sparse_logits_closer_to_dense_ones() -> None:
     assert distance() < 0.8 * before
 
 
+def test_training_with_sparse_attention_on_keeps_the_bases_orthonormal() -> None:
+    """The language-model loss reaches a basis through the remainder, and must not bend it."""
+    model = build(presets.tiny()).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        loss = model(next(batches()).input_ids).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.after_optimizer_step()
+    for selector in selectors(model):
+        assert_near(selector.basis @ selector.basis.T, torch.eye(16), 1e-4)
+
+
 def test_a_model_without_sparse_attention_has_nothing_to_fit() -> None:
     model = build(dataclasses.replace(presets.tiny(), sparse=None))
     with pytest.raises(ConfigError, match="no sparse attention"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from model1.ops.dense_attention import dense_attention, dense_decode, flex
 from model1.ops.dense_attention.ref import range_mask
 
 INF = math.inf
+Pair = tuple[Tensor, Tensor]
 
 
 def inputs(
@@ -23,6 +25,18 @@ def inputs(
     """q, kv and random visible ranges, some of them empty."""
     key_start, key_end = torch.randint(0, s + 1, (2, t)).sort(dim=0).values
     return torch.randn(t, h, d, dtype=dtype), torch.randn(s, d, dtype=dtype), key_start, key_end
+
+
+def attend(q: Tensor, kv: Tensor, start: Tensor, end: Tensor, **options: Any) -> Pair:
+    out, lse = dense_attention(q, kv, start, end, **options)
+    assert lse is not None
+    return out, lse
+
+
+def decode(q: Tensor, kv: Tensor, lengths: Tensor, **options: Any) -> Pair:
+    out, lse = dense_decode(q, kv, lengths, **options)
+    assert lse is not None
+    return out, lse
 
 
 @given(
@@ -39,9 +53,7 @@ def test_equals_a_float64_loop(t: int, h: int, s: int, d: int, with_sink: bool, 
     q, kv, key_start, key_end = inputs(t, h, s, d)
     sink = torch.randn(h) * 3 if with_sink else None
     value_dim = int(torch.randint(1, d + 1, ()))
-    got = dense_attention(
-        q, kv, key_start, key_end, value_dim=value_dim, softmax_scale=0.4, attn_sink=sink
-    )
+    got = attend(q, kv, key_start, key_end, value_dim=value_dim, softmax_scale=0.4, attn_sink=sink)
     visible = range_mask(s, key_start, key_end)
     want = naive_attention(q, kv, visible, value_dim=value_dim, scale=0.4, sink=sink)
     assert_near(got[0], want[0], 2e-5)
@@ -53,9 +65,7 @@ def test_in_double_precision_it_is_the_formula() -> None:
     q, kv, key_start, key_end = inputs(9, 3, 20, 12, torch.float64)
     sink = torch.randn(3, dtype=torch.float64)
     with double_precision():
-        got = dense_attention(
-            q, kv, key_start, key_end, value_dim=8, softmax_scale=0.5, attn_sink=sink
-        )
+        got = attend(q, kv, key_start, key_end, value_dim=8, softmax_scale=0.5, attn_sink=sink)
     visible = range_mask(20, key_start, key_end)
     want = naive_attention(q, kv, visible, value_dim=8, scale=0.5, sink=sink)
     assert_near(got[0], want[0], 1e-12)
@@ -66,9 +76,7 @@ def test_a_row_without_keys_gives_zero_and_minus_infinity() -> None:
     q, kv, _, _ = inputs(3, 2, 5, 4)
     key_start, key_end = torch.tensor([0, 3, 5]), torch.tensor([0, 3, 5])
     for sink in (None, torch.zeros(2), torch.full((2,), INF), torch.full((2,), -INF)):
-        out, lse = dense_attention(
-            q, kv, key_start, key_end, value_dim=4, softmax_scale=1.0, attn_sink=sink
-        )
+        out, lse = attend(q, kv, key_start, key_end, value_dim=4, softmax_scale=1.0, attn_sink=sink)
         assert torch.equal(out, torch.zeros(3, 2, 4))
         assert torch.equal(lse, torch.full((3, 2), -INF))
 
@@ -77,12 +85,12 @@ def test_an_infinite_sink_takes_all_or_nothing_and_stays_out_of_lse() -> None:
     q, kv, _, _ = inputs(3, 2, 5, 4)
     key_start, key_end = torch.zeros(3, dtype=torch.int64), torch.tensor([1, 3, 5])
     options = {"value_dim": 4, "softmax_scale": 1.0}
-    plain = dense_attention(q, kv, key_start, key_end, **options)
-    none, lse_none = dense_attention(
+    plain = attend(q, kv, key_start, key_end, **options)
+    none, lse_none = attend(
         q, kv, key_start, key_end, **options, attn_sink=torch.tensor([-INF, -INF])
     )
     assert torch.equal(none, plain[0])
-    everything, lse = dense_attention(
+    everything, lse = attend(
         q, kv, key_start, key_end, **options, attn_sink=torch.tensor([INF, -INF])
     )
     assert torch.equal(everything[:, 0], torch.zeros(3, 4))
@@ -95,19 +103,19 @@ def test_the_sink_is_a_factor_of_sigmoid_lse_minus_sink() -> None:
     q, kv, key_start, key_end = inputs(6, 3, 9, 4)
     sink = torch.randn(3) * 2
     options = {"value_dim": 3, "softmax_scale": 1.0}
-    out, lse = dense_attention(q, kv, key_start, key_end, **options)
-    with_sink, _ = dense_attention(q, kv, key_start, key_end, **options, attn_sink=sink)
+    out, lse = attend(q, kv, key_start, key_end, **options)
+    with_sink, _ = attend(q, kv, key_start, key_end, **options, attn_sink=sink)
     assert_near(with_sink, out * torch.sigmoid(lse - sink)[..., None], 1e-6)
 
 
 def test_unseen_rows_change_no_bit() -> None:
     q, kv, key_start, key_end = inputs(12, 2, 16, 8)
     options = {"value_dim": 8, "softmax_scale": 1.0}
-    want = dense_attention(q, kv, key_start, key_end, **options)
+    want = attend(q, kv, key_start, key_end, **options)
     for i in range(12):
         hidden = ~range_mask(16, key_start[i : i + 1], key_end[i : i + 1])[0]
         hostile = kv.masked_fill(hidden[:, None], 1e30)
-        got = dense_attention(q, hostile, key_start, key_end, **options)
+        got = attend(q, hostile, key_start, key_end, **options)
         assert torch.equal(got[0][i], want[0][i])
         assert torch.equal(got[1][i], want[1][i])
 
@@ -116,7 +124,7 @@ def test_huge_logits_do_not_overflow() -> None:
     kv = torch.eye(3)
     q = torch.tensor([[[2e4, 1e4, -1e4]], [[-2e4, -2e4, -3e4]]])
     ends = torch.tensor([3, 3])
-    out, lse = dense_attention(q, kv, torch.zeros_like(ends), ends, value_dim=3, softmax_scale=1.0)
+    out, lse = attend(q, kv, torch.zeros_like(ends), ends, value_dim=3, softmax_scale=1.0)
     assert_near(out, torch.tensor([[[1.0, 0, 0]], [[0.5, 0.5, 0]]]), 2e-3)
     assert_near(lse, torch.tensor([[2e4], [-2e4 + math.log(2)]]), 2e-3)
 
@@ -126,8 +134,8 @@ def test_permuting_the_queries_permutes_every_bit(t: int) -> None:
     q, kv, key_start, key_end = inputs(t, 3, 40, 16)
     order = torch.randperm(t)
     options = {"value_dim": 12, "softmax_scale": 0.3, "attn_sink": torch.randn(3)}
-    want = dense_attention(q, kv, key_start, key_end, **options)
-    got = dense_attention(q[order], kv, key_start[order], key_end[order], **options)
+    want = attend(q, kv, key_start, key_end, **options)
+    got = attend(q[order], kv, key_start[order], key_end[order], **options)
     assert torch.equal(got[0], want[0][order])
     assert torch.equal(got[1], want[1][order])
 
@@ -135,19 +143,19 @@ def test_permuting_the_queries_permutes_every_bit(t: int) -> None:
 def test_strided_inputs_give_the_same_result() -> None:
     q, kv, key_start, key_end = inputs(5, 3, 8, 6)
     options = {"value_dim": 4, "softmax_scale": 1.0}
-    want = dense_attention(q, kv, key_start, key_end, **options)
+    want = attend(q, kv, key_start, key_end, **options)
     wide = torch.full((5, 3, 12), math.nan)
     wide[..., ::2] = q
     tall = torch.full((16, 6), math.nan)
     tall[1::2] = kv
-    got = dense_attention(wide[..., ::2], tall[1::2], key_start, key_end, **options)
+    got = attend(wide[..., ::2], tall[1::2], key_start, key_end, **options)
     assert_near(got[0], want[0], 1e-6)
     assert_near(got[1], want[1], 1e-6)
 
 
 def test_bf16_keeps_its_dtype_and_loses_only_rounding() -> None:
     q, kv, key_start, key_end = inputs(20, 3, 30, 16, torch.bfloat16)
-    out, lse = dense_attention(q, kv, key_start, key_end, value_dim=16, softmax_scale=0.25)
+    out, lse = attend(q, kv, key_start, key_end, value_dim=16, softmax_scale=0.25)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     visible = range_mask(30, key_start, key_end)
     want = naive_attention(q, kv, visible, value_dim=16, scale=0.25, sink=None)
@@ -164,9 +172,7 @@ def test_gradient_against_finite_differences(with_sink: bool) -> None:
     leaves = [x.requires_grad_() for x in ([q, kv, sink] if with_sink else [q, kv])]
 
     def op(q: Tensor, kv: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out, lse = dense_attention(
-            q, kv, key_start, key_end, value_dim=2, softmax_scale=0.7, attn_sink=sink
-        )
+        out, lse = attend(q, kv, key_start, key_end, value_dim=2, softmax_scale=0.7, attn_sink=sink)
         return out, lse[:3]  # the last row's lse is -inf
 
     with double_precision():
@@ -180,7 +186,7 @@ def test_fp32_gradient_is_near_the_fp64_one_and_finite_on_empty_rows() -> None:
 
     def gradients(dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).detach().requires_grad_() for x in (q, kv, sink)]
-        out, _ = dense_attention(
+        out, _ = attend(
             *leaves[:2], key_start, key_end,
             value_dim=8, softmax_scale=0.5, attn_sink=leaves[2],
         )  # fmt: skip
@@ -210,12 +216,10 @@ def test_decode_equals_dense_attention_of_each_request(
     kv = kv.masked_fill((torch.arange(s) >= lengths[:, None])[..., None], 1e30)
     options = {"value_dim": 4, "softmax_scale": 0.6}
     sink = torch.randn(h) if with_sink else None
-    out, lse = dense_decode(q, kv, lengths, **options, attn_sink=sink)
+    out, lse = decode(q, kv, lengths, **options, attn_sink=sink)
     for i in range(b):
         start = torch.zeros(1, dtype=torch.int64)
-        want = dense_attention(
-            q[i : i + 1], kv[i], start, lengths[i : i + 1], **options, attn_sink=sink
-        )
+        want = attend(q[i : i + 1], kv[i], start, lengths[i : i + 1], **options, attn_sink=sink)
         assert_near(out[i : i + 1], want[0], 1e-5)
         assert_near(lse[i : i + 1], want[1], 1e-5)
 
@@ -224,12 +228,12 @@ def test_other_requests_and_their_order_change_no_bit_of_decode() -> None:
     q, kv = torch.randn(5, 3, 16), torch.randn(5, 40, 16)
     lengths = torch.tensor([40, 1, 17, 0, 33])
     options = {"value_dim": 16, "softmax_scale": 0.2, "attn_sink": torch.randn(3)}
-    want = dense_decode(q, kv, lengths, **options)
+    want = decode(q, kv, lengths, **options)
     order = torch.tensor([3, 1, 4, 0, 2])
-    got = dense_decode(q[order], kv[order], lengths[order], **options)
+    got = decode(q[order], kv[order], lengths[order], **options)
     assert torch.equal(got[0], want[0][order])
     assert torch.equal(got[1], want[1][order])
-    alone = dense_decode(q[2:3], kv[2:3], lengths[2:3], **options)
+    alone = decode(q[2:3], kv[2:3], lengths[2:3], **options)
     assert torch.equal(alone[0], want[0][2:3])
 
 
@@ -249,8 +253,20 @@ def test_packed_training_attention_equals_the_reference(
     got = flex.flex_dense_attention(q, kv, flex.packed_block_mask(starts), **options)
     ends = torch.arange(1, s + 1)
     for i in range(b):
-        want, _ = dense_attention(q[i], kv[i], starts[i], ends, **options)
+        want, _ = attend(q[i], kv[i], starts[i], ends, **options)
         assert_near(got[i], want, 1e-5)
+
+
+def test_the_denominator_can_be_left_out() -> None:
+    q, kv, key_start, key_end = inputs(6, 3, 9, 4)
+    options = {"value_dim": 4, "softmax_scale": 0.5, "attn_sink": torch.randn(3)}
+    alone, none = dense_attention(q, kv, key_start, key_end, **options, return_lse=False)
+    assert none is None
+    assert torch.equal(alone, attend(q, kv, key_start, key_end, **options)[0])
+    rows, lengths = kv.expand(6, -1, -1), key_end
+    alone, none = dense_decode(q, rows, lengths, **options, return_lse=False)
+    assert none is None
+    assert torch.equal(alone, decode(q, rows, lengths, **options)[0])
 
 
 @pytest.mark.parametrize(

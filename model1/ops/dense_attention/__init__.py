@@ -25,14 +25,15 @@ def dense_attention(
     value_dim: int,
     softmax_scale: float,
     attn_sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of q [t, h, d] over the keys key_start[i] <= j < key_end[i] of kv [s, d].
 
     out[i] = sum_j e^(scale q[i].kv[j]) kv[j, :value_dim] / (sum_j e^(scale q[i].kv[j]) + e^sink)
 
     key_start, key_end: [t] int64. attn_sink: [h] fp32 or None. Returns out [t, h, value_dim] in
-    the dtype of kv and lse [t, h] fp32, the natural-log denominator without the sink. A row
-    without keys gives out = 0, lse = -inf. Unseen rows of kv must be finite. Differentiable.
+    the dtype of kv and lse [t, h] fp32, the natural-log denominator without the sink (None unless
+    return_lse). A row without keys gives out = 0, lse = -inf. Unseen rows of kv must be finite. Differentiable.
     Source: DeepSeek-V4 attention, arXiv 2606.19348.
     """
     if q.dim() != 3 or kv.dim() != 2:
@@ -43,6 +44,7 @@ def dense_attention(
     return dense_attention_ref(
         q, kv, key_start, key_end,
         value_dim=value_dim, softmax_scale=softmax_scale, attn_sink=attn_sink,
+        return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -54,7 +56,8 @@ def dense_decode(
     value_dim: int,
     softmax_scale: float,
     attn_sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """One query per request: q [b, h, d] over the first cache_seqlens[i] rows of kv [b, s, d].
 
     Same formula and returns as `dense_attention`: out [b, h, value_dim], lse [b, h] fp32.
@@ -70,4 +73,5 @@ def dense_decode(
     return dense_decode_ref(
         q, kv, cache_seqlens,
         value_dim=value_dim, softmax_scale=softmax_scale, attn_sink=attn_sink,
+        return_lse=return_lse,
     )  # fmt: skip

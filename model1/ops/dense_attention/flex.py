@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 
 @cache
@@ -39,15 +44,15 @@ def flex_dense_attention(
 
     Returns out [b, s, h, value_dim]. The sink enters as out * sigmoid(lse - sink).
     """
-    out, lse = _compiled(flex_attention)(
+    out, aux = _compiled(flex_attention)(
         q.transpose(1, 2),
         kv[:, None],
         kv[:, None, :, :value_dim],
         block_mask=block_mask,
         scale=softmax_scale,
         enable_gqa=True,
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
     if attn_sink is not None:
-        out = out * torch.sigmoid(lse - attn_sink[None, :, None])[..., None].to(out.dtype)
+        out = out * torch.sigmoid(aux.lse - attn_sink[None, :, None])[..., None].to(out.dtype)
     return out.transpose(1, 2)

@@ -12,13 +12,19 @@ def range_mask(num_keys: int, key_start: Tensor, key_end: Tensor) -> Tensor:
     return (j >= key_start[:, None]) & (j < key_end[:, None])
 
 
-def _softmax_with_sink(scores: Tensor, attn_sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities and natural log-sum-exp (sink left out) of scores [..., h, s]."""
-    lse = torch.logsumexp(scores, dim=-1)
-    total = lse if attn_sink is None else torch.logaddexp(lse, attn_sink.to(lse.dtype))
-    # A row without keys has lse -inf: its scores are all -inf and must give 0, not NaN.
-    total = torch.where(torch.isneginf(total), torch.zeros_like(total), total)
-    return torch.exp(scores - total.unsqueeze(-1)), lse
+# Stands for an infinite sink: far beyond any logit, yet finite, so that no row becomes NaN.
+_HUGE = 1e30
+
+
+def _softmax_with_sink(scores: Tensor, attn_sink: Tensor | None) -> Tensor:
+    """Probabilities of scores [t, h, s] with one more logit per head in the denominator."""
+    if attn_sink is None:
+        # A sink without weight: it only keeps rows without keys from 0 / 0.
+        sink = scores.new_full((1,), -_HUGE)
+    else:
+        sink = attn_sink.to(scores.dtype).clamp(-_HUGE, _HUGE)
+    column = sink.expand(scores.shape[:-1]).unsqueeze(-1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
 
 
 def dense_attention_ref(
@@ -30,13 +36,15 @@ def dense_attention_ref(
     value_dim: int,
     softmax_scale: float,
     attn_sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """See `model1.ops.dense_attention.dense_attention`."""
     t, h, d = q.shape
     scores = (q.reshape(t * h, d) @ kv.T).view(t, h, len(kv)).float() * softmax_scale
     mask = range_mask(kv.shape[0], key_start, key_end)
     scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
-    probabilities, lse = _softmax_with_sink(scores, attn_sink)
+    probabilities = _softmax_with_sink(scores, attn_sink)
+    lse = torch.logsumexp(scores, dim=-1) if return_lse else None
     out = probabilities.to(kv.dtype).flatten(0, 1) @ kv[:, :value_dim]
     return out.view(t, h, value_dim), lse
 
@@ -49,10 +57,13 @@ def dense_decode_ref(
     value_dim: int,
     softmax_scale: float,
     attn_sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """See `model1.ops.dense_attention.dense_decode`."""
     scores = torch.bmm(q, kv.transpose(1, 2)).float() * softmax_scale
     j = torch.arange(kv.shape[1], device=kv.device)
     unused = (j >= cache_seqlens[:, None])[:, None, :]
-    probabilities, lse = _softmax_with_sink(scores.masked_fill(unused, float("-inf")), attn_sink)
+    scores = scores.masked_fill(unused, float("-inf"))
+    probabilities = _softmax_with_sink(scores, attn_sink)
+    lse = torch.logsumexp(scores, dim=-1) if return_lse else None
     return torch.bmm(probabilities.to(kv.dtype), kv[:, :, :value_dim]), lse

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model1.ops.indexer.ref import lowrank_scores_ref, select_core_ref
+from model1.ops.indexer.ref import lowrank_scores_ref, scan_weights_ref, select_core_ref
 
 
 def lowrank_scores(
@@ -29,8 +29,19 @@ def lowrank_scores(
     return lowrank_scores_ref(q, z, k_rope, basis, mean, softmax_scale=softmax_scale)
 
 
+def scan_weights(scores: Tensor, key_start: Tensor, key_end: Tensor) -> tuple[Tensor, Tensor]:
+    """e^(scores - row_max) of the visible keys, 0 elsewhere, [t, h, s], and row_max [t, h] fp32.
+
+    Keys key_start[i] <= j < key_end[i] are visible. One exponential serves both the choice of the
+    core and the remainder.
+    """
+    if key_start.shape != (scores.shape[0],) or key_end.shape != (scores.shape[0],):
+        raise ValueError(f"key_start and key_end must be [{scores.shape[0]}]")
+    return scan_weights_ref(scores, key_start, key_end)
+
+
 def select_core(
-    scores: Tensor,
+    weights: Tensor,
     key_start: Tensor,
     key_end: Tensor,
     core_count: Tensor,
@@ -40,15 +51,14 @@ def select_core(
 ) -> Tensor:
     """Indices of the keys attended exactly, [t, min(topk, s)] int64, -1 = unused.
 
-    Keys key_start[i] <= j < key_end[i] are visible. The last `sliding_window` of them are always
-    taken, then those with the largest approximate probability summed over heads, until
+    weights: [t, h, s] of `scan_weights`. The last `sliding_window` visible keys are always taken, then those with the largest approximate probability summed over heads, until
     core_count[i] are chosen (all visible ones if there are fewer). One set serves all heads, so
     that the exact pass stays a gather of shared rows. No gradient passes through the choice.
     """
     if topk < sliding_window:
         raise ValueError(f"topk must be at least sliding_window {sliding_window}, got {topk}")
-    if core_count.shape != (scores.shape[0],):
-        raise ValueError(f"core_count must be [{scores.shape[0]}], got {list(core_count.shape)}")
+    if core_count.shape != (weights.shape[0],):
+        raise ValueError(f"core_count must be [{weights.shape[0]}], got {list(core_count.shape)}")
     return select_core_ref(
-        scores.detach(), key_start, key_end, core_count, topk=topk, sliding_window=sliding_window
+        weights.detach(), key_start, key_end, core_count, topk=topk, sliding_window=sliding_window
     )

@@ -23,8 +23,16 @@ def lowrank_scores_ref(
     return (scores + offset.unsqueeze(-1)) * softmax_scale
 
 
+def scan_weights_ref(scores: Tensor, key_start: Tensor, key_end: Tensor) -> tuple[Tensor, Tensor]:
+    """See `model1.ops.indexer.scan_weights`."""
+    visible = range_mask(scores.shape[-1], key_start, key_end)
+    scores = scores.masked_fill(~visible[:, None, :], float("-inf"))
+    row_max = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    return torch.exp(scores - row_max), row_max.squeeze(-1)
+
+
 def select_core_ref(
-    scores: Tensor,
+    weights: Tensor,
     key_start: Tensor,
     key_end: Tensor,
     core_count: Tensor,
@@ -33,11 +41,11 @@ def select_core_ref(
     sliding_window: int,
 ) -> Tensor:
     """See `model1.ops.indexer.select_core`."""
-    num_keys = scores.shape[-1]
-    visible = range_mask(num_keys, key_start, key_end)
-    masked = scores.masked_fill(~visible[:, None, :], float("-inf"))
-    pooled = torch.softmax(masked, dim=-1).sum(dim=1)
-    pooled = pooled.masked_fill(~visible, -1.0)
+    num_keys = weights.shape[-1]
+    # sum over heads of the normalised weights, as one small matrix product per row
+    inverse = weights.sum(dim=-1, keepdim=True).clamp(min=1e-30).reciprocal()
+    pooled = torch.bmm(inverse.transpose(1, 2), weights)[:, 0]
+    pooled = pooled.masked_fill(~range_mask(num_keys, key_start, key_end), -1.0)
     window_start = torch.maximum(key_start, key_end - sliding_window)
     pooled = pooled.masked_fill(range_mask(num_keys, window_start, key_end), float("inf"))
     values, indices = pooled.topk(min(topk, num_keys), dim=-1)

@@ -6,6 +6,7 @@ Caches carry no gradient. Slots are addressed in 64 bits throughout.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,9 @@ def allocate_kv_cache(
     if num_blocks <= 0:
         raise ValueError(f"num_blocks must be positive, got {num_blocks}")
     stride_bytes = layout.block_stride_bytes(block_size)
+    if torch.device(device).type == "cpu":
+        # NumPy asks the system for zero pages, which cost nothing until a block is written.
+        return torch.from_numpy(np.zeros((num_blocks, stride_bytes), np.uint8))
     return torch.zeros(num_blocks, stride_bytes, dtype=torch.uint8, device=device)
 
 

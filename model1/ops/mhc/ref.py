@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 
 def sinkhorn_ref(logits: Tensor, *, iters: int, eps: float) -> Tensor:
     """See `model1.ops.mhc.sinkhorn`."""
+    if logits.device.type == "cpu" and not torch.is_grad_enabled():
+        return _sinkhorn_products(logits, iters, eps)
     comb = torch.softmax(logits, dim=-1) + eps
     comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
     for _ in range(iters - 1):
         comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
         comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
     return comb
+
+
+@functools.cache
+def _sum_matrices(n: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices that replace each entry of a flat [n, n] by its row's or column's sum, and eps."""
+    ones, eye = torch.ones(n, n), torch.eye(n)
+    return torch.kron(eye, ones), torch.kron(ones, eye), torch.full((n * n,), eps)
+
+
+def _sinkhorn_products(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """The same rounds with each sum plus eps as one small matrix product.
+
+    On a CPU a few tokens cost only the number of calls, and this form needs half as many.
+    """
+    n = logits.shape[-1]
+    rows, columns, epsilon = _sum_matrices(n, eps)
+    comb = (torch.softmax(logits, dim=-1) + eps).flatten(1)
+    comb /= torch.addmm(epsilon, comb, columns)
+    for _ in range(iters - 1):
+        comb /= torch.addmm(epsilon, comb, rows)
+        comb /= torch.addmm(epsilon, comb, columns)
+    return comb.unflatten(-1, (n, n))
 
 
 def mhc_coefficients_ref(

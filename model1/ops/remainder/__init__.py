@@ -8,7 +8,8 @@ from model1.ops.remainder.ref import merge_ref, remainder_ref
 
 
 def remainder(
-    scores: Tensor,
+    weights: Tensor,
+    row_max: Tensor,
     z: Tensor,
     k_rope: Tensor,
     basis: Tensor,
@@ -19,18 +20,21 @@ def remainder(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the tokens outside the exact core, from their r projected channels.
 
-    out[i] = sum_j p_ij [basis^T z_j + mean, k_rope_j],  p_ij = softmax_j(scores[i, h, j]), j in rest
+    out[i] = sum_j w_ij [basis^T z_j + mean, k_rope_j] / sum_j w_ij,  j in the rest
+    lse[i] = row_max[i] + ln sum_j w_ij
 
-    scores: [t, h, s] fp32 of `model1.ops.indexer.lowrank_scores`; z: [s, r]; k_rope: [s, d_rope];
-    in_rest: [t, s] bool, visible and not in the core (disjoint from it, so nothing counts twice).
+    weights: [t, h, s] and row_max: [t, h] of `model1.ops.indexer.scan_weights`; z: [s, r];
+    k_rope: [s, d_rope]; in_rest: [t, s] bool, visible and not in the core (disjoint from it, so nothing counts twice).
     The rotary channels join the value only with `rotary_value`. Returns out and lse as
     `sparse_attention` does; an empty rest gives out = 0, lse = -inf.
     """
-    if in_rest.shape != (scores.shape[0], scores.shape[2]):
+    if in_rest.shape != (weights.shape[0], weights.shape[2]):
         raise ValueError(
-            f"in_rest must be [{scores.shape[0]}, {scores.shape[2]}], got {list(in_rest.shape)}"
+            f"in_rest must be [{weights.shape[0]}, {weights.shape[2]}], got {list(in_rest.shape)}"
         )
-    return remainder_ref(scores, z, k_rope, basis, mean, in_rest=in_rest, rotary_value=rotary_value)
+    return remainder_ref(
+        weights, row_max, z, k_rope, basis, mean, in_rest=in_rest, rotary_value=rotary_value
+    )
 
 
 def merge(

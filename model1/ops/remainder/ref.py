@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def remainder_ref(
-    scores: Tensor,
+    weights: Tensor,
+    row_max: Tensor,
     z: Tensor,
     k_rope: Tensor,
     basis: Tensor,
@@ -17,16 +18,19 @@ def remainder_ref(
     rotary_value: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.remainder.remainder`."""
-    t, h, s = scores.shape
-    scores = scores.masked_fill(~in_rest[:, None, :], float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    total = torch.where(torch.isneginf(lse), torch.zeros_like(lse), lse)
-    weights = torch.exp(scores - total.unsqueeze(-1)).to(z.dtype)
+    t, h, s = weights.shape
+    weights = weights * in_rest[:, None, :].to(weights.dtype)
+    mass = weights.sum(dim=-1)
     rest = torch.cat([z, k_rope], dim=-1) if rotary_value else z
-    summed = (weights.view(t * h, s) @ rest).view(t, h, rest.shape[-1])
+    summed = (weights.view(t * h, s).to(rest.dtype) @ rest).view(t, h, rest.shape[-1])
+    # An empty rest has mass 0: out 0, lse -inf, and no gradient.
+    is_empty = mass == 0
+    mass = mass.masked_fill(is_empty, 1.0)
+    summed = summed / mass.unsqueeze(-1).to(rest.dtype)
     rank = z.shape[-1]
-    mass = weights.sum(dim=-1, keepdim=True)
-    nope = summed[..., :rank] @ basis.to(z.dtype) + mass * mean.to(z.dtype)
+    offset = (~is_empty).unsqueeze(-1).to(z.dtype) * mean.to(z.dtype)
+    nope = summed[..., :rank] @ basis.to(z.dtype) + offset
+    lse = (row_max + torch.log(mass)).masked_fill(is_empty, float("-inf"))
     return torch.cat([nope, summed[..., rank:]], dim=-1), lse
 
 
