@@ -8,13 +8,11 @@ keys of our own start with `num_` or name what they switch. Architecture fields 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from model1.errors import ConfigError
-from model1.strict import build_dataclass, not_negative, positive, require
+from model1.strict import build_dataclass, not_negative, positive, read_json_object, require
 
 MODEL_TYPE = "model1"
 
@@ -295,13 +293,6 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
         """Read `config.json`."""
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"config {path} is not valid JSON: {error}") from error
-        require(isinstance(data, dict), f"config {path} must hold a JSON object")
+        data = read_json_object(Path(path))
         data.pop("quantization", None)  # how the weights are stored; read by model1.weights
         return cls.from_dict(data)

@@ -28,20 +28,7 @@ def tiny(*, vocab_size: int = 256, compressed_vocab_size: int = 200) -> ModelCon
         tie_word_embeddings=True,
         swiglu_limit=10.0,
         num_nextn_predict_layers=0,
-        attention=AttentionConfig(
-            form="model1",
-            num_attention_heads=4,
-            q_lora_rank=32,
-            qk_nope_head_dim=64,
-            qk_rope_head_dim=32,
-            kv_lora_rank=None,
-            v_head_dim=None,
-            o_groups=2,
-            o_lora_rank=32,
-            sliding_window=8,
-            attn_sink=True,
-            rope_theta=10000.0,
-        ),
+        attention=_tiny_attention(),
         vvpa=VvpaConfig(
             rotary_value=True,
             output_gate=True,
@@ -52,17 +39,38 @@ def tiny(*, vocab_size: int = 256, compressed_vocab_size: int = 200) -> ModelCon
         sparse=SparseConfig(index_rank=16, index_topk=24, core_fraction=0.25, dense_below=32),
         mhc=MhcConfig(hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6, res_init=5.0),
         moe=None,
-        engram=EngramConfig(
-            engram_layer_ids=(1,),
-            engram_max_ngram_size=3,
-            engram_n_heads=2,
-            engram_head_dim=32,
-            engram_vocab_size=512,
-            engram_compressed_vocab_size=compressed_vocab_size,
-            engram_pad_token_id=1,
-            engram_seed=0,
-            short_conv=False,
-        ),
+        engram=_tiny_engram(compressed_vocab_size),
+    )
+
+
+def _tiny_attention() -> AttentionConfig:
+    return AttentionConfig(
+        form="model1",
+        num_attention_heads=4,
+        q_lora_rank=32,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        kv_lora_rank=None,
+        v_head_dim=None,
+        o_groups=2,
+        o_lora_rank=32,
+        sliding_window=8,
+        attn_sink=True,
+        rope_theta=10000.0,
+    )
+
+
+def _tiny_engram(compressed_vocab_size: int) -> EngramConfig:
+    return EngramConfig(
+        engram_layer_ids=(1,),
+        engram_max_ngram_size=3,
+        engram_n_heads=2,
+        engram_head_dim=32,
+        engram_vocab_size=512,
+        engram_compressed_vocab_size=compressed_vocab_size,
+        engram_pad_token_id=1,
+        engram_seed=0,
+        short_conv=False,
     )
 
 
@@ -116,20 +124,7 @@ def code_small(*, compressed_vocab_size: int) -> ModelConfig:
         tie_word_embeddings=True,
         swiglu_limit=10.0,
         num_nextn_predict_layers=0,
-        attention=AttentionConfig(
-            form="model1",
-            num_attention_heads=6,
-            q_lora_rank=192,
-            qk_nope_head_dim=192,
-            qk_rope_head_dim=32,
-            kv_lora_rank=None,
-            v_head_dim=None,
-            o_groups=2,
-            o_lora_rank=128,
-            sliding_window=128,
-            attn_sink=True,
-            rope_theta=10000.0,
-        ),
+        attention=_code_small_attention(),
         vvpa=VvpaConfig(
             rotary_value=True,
             output_gate=True,
@@ -140,15 +135,36 @@ def code_small(*, compressed_vocab_size: int) -> ModelConfig:
         sparse=SparseConfig(index_rank=16, index_topk=512, core_fraction=0.09, dense_below=2048),
         mhc=MhcConfig(hc_mult=4, hc_sinkhorn_iters=8, hc_eps=1e-6, res_init=5.0),
         moe=None,
-        engram=EngramConfig(
-            engram_layer_ids=(1, 3),
-            engram_max_ngram_size=3,
-            engram_n_heads=4,
-            engram_head_dim=32,
-            engram_vocab_size=10000,
-            engram_compressed_vocab_size=compressed_vocab_size,
-            engram_pad_token_id=1,
-            engram_seed=0,
-            short_conv=False,
-        ),
+        engram=_code_small_engram(compressed_vocab_size),
+    )
+
+
+def _code_small_attention() -> AttentionConfig:
+    return AttentionConfig(
+        form="model1",
+        num_attention_heads=6,
+        q_lora_rank=192,
+        qk_nope_head_dim=192,
+        qk_rope_head_dim=32,
+        kv_lora_rank=None,
+        v_head_dim=None,
+        o_groups=2,
+        o_lora_rank=128,
+        sliding_window=128,
+        attn_sink=True,
+        rope_theta=10000.0,
+    )
+
+
+def _code_small_engram(compressed_vocab_size: int) -> EngramConfig:
+    return EngramConfig(
+        engram_layer_ids=(1, 3),
+        engram_max_ngram_size=3,
+        engram_n_heads=4,
+        engram_head_dim=32,
+        engram_vocab_size=10000,
+        engram_compressed_vocab_size=compressed_vocab_size,
+        engram_pad_token_id=1,
+        engram_seed=0,
+        short_conv=False,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from model1.errors import ConfigError
@@ -31,6 +33,18 @@ def not_negative(part: object, *names: str) -> None:
     for name in names:
         value = getattr(part, name)
         require(value >= 0, f"{name} must not be negative, got {value}")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ConfigError if it cannot be read or holds anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"config {path} is not valid JSON: {error}") from error
+    require(isinstance(data, dict), f"config {path} must hold a JSON object")
+    return data
 
 
 def build_dataclass(cls: type[_T], data: dict[str, Any], *, where: str = "") -> _T:

@@ -12,8 +12,8 @@ import pytest
 
 from model1 import presets
 from model1.config import ModelConfig
-from model1.strict import build_dataclass
 from model1.errors import ConfigError
+from model1.strict import build_dataclass
 
 PRESETS = {
     "tiny": presets.tiny(),

@@ -34,7 +34,7 @@ def provenance(sources: Path, command: str, commit: str) -> dict[str, object]:
 
 def main() -> None:
     """Export one run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--sources", type=Path, required=True)

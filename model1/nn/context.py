@@ -21,7 +21,7 @@ from model1.ops.dense_attention import dense_attention
 from model1.ops.rope import Rotation, rope_frequencies, rotation, yarn_frequencies
 
 # Query rows of one dense pass on the plain path: bounds the score matrix to rows * h * s.
-DENSE_ROW_CHUNK = 512
+DENSE_ROW_CHUNK = 256
 
 
 class Context(Protocol):
@@ -91,23 +91,30 @@ def attend_request(
 def _dense_rows(
     q: Tensor, key_start: Tensor, key_end: Tensor, spec: AttendSpec, kv: Tensor
 ) -> Tensor:
-    outs = [
-        dense_attention(
-            q[i : i + DENSE_ROW_CHUNK], kv,
-            key_start[i : i + DENSE_ROW_CHUNK], key_end[i : i + DENSE_ROW_CHUNK],
+    outs = []
+    for i in range(0, len(q), DENSE_ROW_CHUNK):
+        start, end = key_start[i : i + DENSE_ROW_CHUNK], key_end[i : i + DENSE_ROW_CHUNK]
+        out, _ = dense_attention(
+            q[i : i + DENSE_ROW_CHUNK], kv[: int(end.max())], start, end,
             value_dim=spec.value_dim, softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink,
             return_lse=False,
-        )[0]
-        for i in range(0, len(q), DENSE_ROW_CHUNK)
-    ]  # fmt: skip
+        )  # fmt: skip
+        outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class RequestKeys(Protocol):
     """The cached tokens of one request, fetched as far as an attention pass needs them."""
 
-    dense_limit: int | None  # queries seeing at most this many tokens run dense; None = all
-    z: Tensor  # [s, r] selector vectors
+    @property
+    def dense_limit(self) -> int | None:
+        """Queries that see at most this many tokens run dense; None = all."""
+        ...
+
+    @property
+    def z(self) -> Tensor:
+        """Selector vectors, [s, r]."""
+        ...
 
     def all(self) -> Tensor:
         """Every latent, [s, d]."""

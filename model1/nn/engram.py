@@ -75,7 +75,7 @@ class Engram(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def rows(self, ngram_token_ids: Tensor, compression_table: Tensor) -> Tensor:
-        """Table rows of each token, [t, num_tables], from raw ids [t, N] (-1 = before the start)."""
+        """Table rows of each token, [t, num_tables], from raw ids [t, N]; -1 = before the start."""
         return engram_hash(
             ngram_token_ids, compression_table, self.multipliers, self.table_sizes,
             self.table_offsets, pad_token_id=self.pad_token_id,

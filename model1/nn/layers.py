@@ -1,4 +1,4 @@
-"""Weight holders shared by all parts: a linear map and a normalisation in the activation's dtype."""
+"""Weight holders shared by all parts: linear map and normalisation in the activation's dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model1.ops.norm import rms_norm
-
 
 # Up to this many rows a product with 8-bit weights is bound by reading them; beyond, arithmetic
 # decides and fp32 wins. AMD EPYC, 2 cores, torch 2.13, 2026-11-22: 1 row 0.35x, 8 rows 0.66x.

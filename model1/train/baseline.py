@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model1.strict import build_dataclass
 from model1.errors import ConfigError
+from model1.strict import build_dataclass
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model1.strict import build_dataclass
 from model1.errors import CheckpointError, ConfigError
+from model1.strict import build_dataclass
 from model1.tokenizer import Tokenizer
 from model1.weights import atomic_directory, load_tensors, save_tensors, verify_manifest
 from model1.weights.manifest import read_json

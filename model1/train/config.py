@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model1.strict import build_dataclass
 from model1.errors import ConfigError
+from model1.strict import build_dataclass
 
 
 def _require(ok: bool, message: str) -> None:

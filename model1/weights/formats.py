@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model1.strict import build_dataclass
 from model1.errors import CheckpointError, ConfigError
 from model1.ops.engram.rows import RowStore, quantize_rows
+from model1.strict import build_dataclass
 from model1.weights.fp8 import BLOCK, dequantize_blocks, quantize_blocks
 from model1.weights.tensors import Shards
 

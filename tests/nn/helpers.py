@@ -39,7 +39,7 @@ def step_metadata(
     blocks: list[list[int]],
     ngram: int,
 ) -> AttentionMetadata:
-    """One step: for each request (its whole history, tokens already cached, tokens of this step)."""
+    """One step; per request: its whole history, tokens already cached, tokens of this step."""
     ids, positions, windows, slots, lens, totals = [], [], [], [], [], []
     for (history, start, count), table in zip(chunks, blocks, strict=True):
         for p in range(start, start + count):

@@ -8,17 +8,23 @@ convolution, hyper-connections, experts, tied and untied heads. fp32, within 1e-
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from model1 import presets
 from model1.config import ModelConfig
+from model1.nn.kv import CacheKind
+from model1.nn.model import Model
 from tests.nn.helpers import build, step_metadata
 
 TOLERANCE = 1e-4
 BLOCK = 16
 LENGTH = 150
+Case = tuple[Model, Tensor, Tensor]  # the model, token ids [1, LENGTH], logits of the full forward
 CONFIGS = {"model1": presets.tiny(), "v32": presets.tiny_v32()}
 
 
@@ -42,12 +48,12 @@ def ngram_size(config: ModelConfig) -> int:
     return config.engram.engram_max_ngram_size
 
 
-def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+def assert_close(got: Tensor, want: Tensor) -> None:
     worst = (got - want).abs().amax(dim=-1)
     assert worst.max() <= TOLERANCE, f"row {int(worst.argmax())} differs by {worst.max():.2e}"
 
 
-def run_in_chunks(model, history: list[int], sizes: list[int]) -> torch.Tensor:
+def run_in_chunks(model: Model, history: list[int], sizes: list[int]) -> Tensor:
     table = blocks_for([len(history)], num_blocks=24)
     cache = model.allocate_kv_cache(24, BLOCK, "fp32")
     outs, done = [], 0
@@ -62,25 +68,25 @@ def run_in_chunks(model, history: list[int], sizes: list[int]) -> torch.Tensor:
 
 
 @pytest.fixture(params=list(CONFIGS))
-def case(request):
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     model = build(both(request.param))
     ids = torch.randint(0, 256, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         yield model, ids, model(ids)[0]
 
 
-def test_decode_token_by_token_equals_the_full_forward(case) -> None:
+def test_decode_token_by_token_equals_the_full_forward(case: Case) -> None:
     model, ids, full = case
     assert_close(run_in_chunks(model, ids[0].tolist(), [1] * LENGTH), full)
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [37, 1, 64, 13, 35], [BLOCK] * 9 + [6], [31, 2, 117]])
-def test_chunked_prefill_equals_the_full_forward(case, sizes: list[int]) -> None:
+def test_chunked_prefill_equals_the_full_forward(case: Case, sizes: list[int]) -> None:
     model, ids, full = case
     assert_close(run_in_chunks(model, ids[0].tolist(), sizes), full)
 
 
-def test_batch_of_unequal_lengths_equals_solo_forwards(case) -> None:
+def test_batch_of_unequal_lengths_equals_solo_forwards(case: Case) -> None:
     model, _, _ = case
     config = model.config
     generator = torch.Generator().manual_seed(2)
@@ -103,7 +109,7 @@ def test_batch_of_unequal_lengths_equals_solo_forwards(case) -> None:
         assert_close(got, torch.stack([w[n + i] for w, n in zip(want, lengths, strict=True)]))
 
 
-def test_decode_mixed_with_prefill_in_one_step(case) -> None:
+def test_decode_mixed_with_prefill_in_one_step(case: Case) -> None:
     model, ids, full = case
     history, n = ids[0].tolist(), ngram_size(model.config)
     tables = blocks_for([LENGTH, LENGTH], num_blocks=40)
@@ -116,20 +122,20 @@ def test_decode_mixed_with_prefill_in_one_step(case) -> None:
     assert_close(got, torch.cat([full[100:101], full[:70]]))
 
 
-def test_packed_documents_equal_separate_rows(case) -> None:
+def test_packed_documents_equal_separate_rows(case: Case) -> None:
     model, ids, _ = case
     cuts = [0, 40, 41, 110, LENGTH]
     starts = torch.zeros(1, LENGTH, dtype=torch.int64)
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in itertools.pairwise(cuts):
         starts[0, begin:end] = begin
     packed = model(ids, doc_starts=starts)[0]
-    alone = [model(ids[:, a:b])[0] for a, b in zip(cuts, cuts[1:], strict=False)]
+    alone = [model(ids[:, a:b])[0] for a, b in itertools.pairwise(cuts)]
     assert_close(packed, torch.cat(alone))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("bf16", 0.01), ("fp8", 0.06)])
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_quantised_caches_stay_near_the_exact_one(name: str, kind, limit: float) -> None:
+def test_quantised_caches_stay_near_the_exact_one(name: str, kind: CacheKind, limit: float) -> None:
     # Dense, because a quantised key may flip a near-tie of the selector, which moves logits of
     # random weights by more than the quantisation itself.
     config = dataclasses.replace(both(name), sparse=None)

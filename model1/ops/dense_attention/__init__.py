@@ -33,7 +33,8 @@ def dense_attention(
 
     key_start, key_end: [t] int64. attn_sink: [h] fp32 or None. Returns out [t, h, value_dim] in
     the dtype of kv and lse [t, h] fp32, the natural-log denominator without the sink (None unless
-    return_lse). A row without keys gives out = 0, lse = -inf. Unseen rows of kv must be finite. Differentiable.
+    return_lse). A row without keys gives out = 0, lse = -inf. Unseen rows of kv must be finite.
+    Differentiable.
     Source: DeepSeek-V4 attention, arXiv 2606.19348.
     """
     if q.dim() != 3 or kv.dim() != 2:

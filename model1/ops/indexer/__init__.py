@@ -33,7 +33,7 @@ def scan_weights(scores: Tensor, key_start: Tensor, key_end: Tensor) -> tuple[Te
     """e^(scores - row_max) of the visible keys, 0 elsewhere, [t, h, s], and row_max [t, h] fp32.
 
     Keys key_start[i] <= j < key_end[i] are visible. One exponential serves both the choice of the
-    core and the remainder.
+    core and the remainder. With gradients off, hidden entries of `scores` become -inf in place.
     """
     if key_start.shape != (scores.shape[0],) or key_end.shape != (scores.shape[0],):
         raise ValueError(f"key_start and key_end must be [{scores.shape[0]}]")
@@ -51,9 +51,10 @@ def select_core(
 ) -> Tensor:
     """Indices of the keys attended exactly, [t, min(topk, s)] int64, -1 = unused.
 
-    weights: [t, h, s] of `scan_weights`. The last `sliding_window` visible keys are always taken, then those with the largest approximate probability summed over heads, until
-    core_count[i] are chosen (all visible ones if there are fewer). One set serves all heads, so
-    that the exact pass stays a gather of shared rows. No gradient passes through the choice.
+    weights: [t, h, s] of `scan_weights`. The last `sliding_window` visible keys are always taken,
+    then those with the largest approximate probability summed over heads, until core_count[i]
+    are chosen (all visible ones if there are fewer). One set serves all heads, so that the exact
+    pass stays a gather of shared rows. No gradient passes through the choice.
     """
     if topk < sliding_window:
         raise ValueError(f"topk must be at least sliding_window {sliding_window}, got {topk}")

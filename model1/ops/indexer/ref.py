@@ -14,19 +14,33 @@ def lowrank_scores_ref(
     """See `model1.ops.indexer.lowrank_scores`."""
     t, h, _ = q.shape
     d_nope = mean.shape[0]
+    q = q * softmax_scale
     q_nope, q_rope = q[..., :d_nope], q[..., d_nope:]
-    # One product of width r + d_rope serves both parts.
-    scan_q = torch.cat([q_nope @ basis.T.to(q.dtype), q_rope], dim=-1).flatten(0, 1)
-    scan_k = torch.cat([z, k_rope], dim=-1).to(q.dtype)
-    scores = (scan_q @ scan_k.T).view(t, h, len(z)).float()
-    offset = (q_nope @ mean.to(q.dtype)).float()
-    return (scores + offset.unsqueeze(-1)) * softmax_scale
+    offset = (q_nope @ mean.to(q.dtype)).unsqueeze(-1)
+    # One product for the projected, the rotary and the constant part: this matrix is the widest.
+    scan_q = torch.cat([q_nope @ basis.T.to(q.dtype), q_rope, offset], dim=-1).flatten(0, 1)
+    scan_k = torch.cat([z, k_rope, torch.ones_like(z[:, :1])], dim=-1).to(q.dtype)
+    return (scan_q @ scan_k.T).view(t, h, len(z)).float()
+
+
+def _hide(scores: Tensor, key_start: Tensor, key_end: Tensor) -> None:
+    """-inf in place where a key is not visible; only columns that some row does not see."""
+    num_keys = scores.shape[-1]
+    first = int(key_end.min()) if len(key_end) else num_keys
+    last = int(key_start.max()) if len(key_start) else 0
+    for begin, end in ((first, num_keys), (0, last)):
+        if begin < end:
+            hidden = ~range_mask(num_keys, key_start, key_end)[:, None, begin:end]
+            scores[..., begin:end].masked_fill_(hidden, float("-inf"))
 
 
 def scan_weights_ref(scores: Tensor, key_start: Tensor, key_end: Tensor) -> tuple[Tensor, Tensor]:
     """See `model1.ops.indexer.scan_weights`."""
-    visible = range_mask(scores.shape[-1], key_start, key_end)
-    scores = scores.masked_fill(~visible[:, None, :], float("-inf"))
+    if torch.is_grad_enabled():
+        hidden = ~range_mask(scores.shape[-1], key_start, key_end)
+        scores = scores.masked_fill(hidden[:, None, :], float("-inf"))
+    else:
+        _hide(scores, key_start, key_end)
     row_max = scores.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     return torch.exp(scores - row_max), row_max.squeeze(-1)
 

@@ -62,9 +62,8 @@ def quantize_and_store(
     if kv.dtype not in _FLOAT_DTYPES:
         raise ValueError(f"kv must be floating point, got {kv.dtype}")
     if slot_mapping.shape != kv.shape[:1]:
-        raise ValueError(
-            f"slot_mapping must be [{kv.shape[0]}] like kv, got {list(slot_mapping.shape)}"
-        )
+        got = list(slot_mapping.shape)
+        raise ValueError(f"slot_mapping must be [{kv.shape[0]}] like kv, got {got}")
     _check_device("kv", kv, kv_cache)
     _check_slots("slot_mapping", slot_mapping, kv_cache, block_size)
     ref.quantize_and_store_ref(kv, kv_cache, slot_mapping, layout=layout, block_size=block_size)
@@ -128,17 +127,15 @@ def _check_cache(kv_cache: Tensor, layout: KVLayout, block_size: int) -> None:
             f"kv_cache blocks must be contiguous and a multiple of {layout.row_bytes} bytes "
             f"apart, at least {block_bytes}, got strides {stride}"
         )
-    if offset % layout.alignment_bytes:
-        raise ValueError(
-            f"kv_cache must start at a multiple of {layout.alignment_bytes} bytes, got {offset}"
-        )
+    align = layout.alignment_bytes
+    if offset % align:
+        raise ValueError(f"kv_cache must start at a multiple of {align} bytes, got {offset}")
 
 
 def _check_device(name: str, tensor: Tensor, kv_cache: Tensor) -> None:
-    if tensor.device != kv_cache.device:
-        raise ValueError(
-            f"{name} must be on the cache's device {kv_cache.device}, got {tensor.device}"
-        )
+    device = kv_cache.device
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the cache's device {device}, got {tensor.device}")
 
 
 def _check_slots(name: str, slots: Tensor, kv_cache: Tensor, block_size: int) -> None:

@@ -24,9 +24,9 @@ def remainder(
     lse[i] = row_max[i] + ln sum_j w_ij
 
     weights: [t, h, s] and row_max: [t, h] of `model1.ops.indexer.scan_weights`; z: [s, r];
-    k_rope: [s, d_rope]; in_rest: [t, s] bool, visible and not in the core (disjoint from it, so nothing counts twice).
-    The rotary channels join the value only with `rotary_value`. Returns out and lse as
-    `sparse_attention` does; an empty rest gives out = 0, lse = -inf.
+    k_rope: [s, d_rope]; in_rest: [t, s] bool, visible and not in the core (disjoint from it,
+    so nothing counts twice). The rotary channels join the value only with `rotary_value`.
+    Returns out and lse as `sparse_attention` does; an empty rest gives out = 0, lse = -inf.
     """
     if in_rest.shape != (weights.shape[0], weights.shape[2]):
         raise ValueError(

@@ -12,7 +12,7 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [t, h, d] over the rows kv [t, k, d] gathered for each query.
 
-    out[i] = sum_j softmax_j(softmax_scale * q[i] . kv[i, j]) kv[i, j, :value_dim], j with valid[i, j]
+    out[i] = sum_j softmax_j(softmax_scale * q[i] . kv[i, j]) kv[i, j, :value_dim], valid j only
 
     valid: [t, k] bool; rows that are not valid must be finite (the gather fills them with zeros).
     Returns out [t, h, value_dim] in the dtype of kv and lse [t, h] fp32, natural log. A row with
