@@ -170,7 +170,8 @@ def test_activation_is_what_make_sets_up() -> None:
 @one_worker
 def test_make_demo() -> None:
     output = run(make("demo"), timeout_s=240).stdout
-    assert "tokens/s" in output
+    assert "tok/s" in output
+    assert "everything answered" in output
 
 
 @pytest.mark.slow

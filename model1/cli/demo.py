@@ -23,27 +23,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openai import OpenAI
 
+    from model1.tokenizer import Tokenizer
+
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 20.0
-ANSWER_LIMIT_S = 120.0
+ANSWER_LIMIT_S = 300.0  # a slow machine reads the long prompt for minutes
 LOG_LINES = 40
-LONG_PROMPT_CHARS = 35_000
-LONG_PROMPT_TOKENS = 8192  # at least, by the server's count
+LONG_PROMPT_TOKENS = 8000  # at least, by the server's count
+LONG_ANSWER_TOKENS = 32
 TABLE_WIDTH = 118
+CODE_ENDS = ["\n\n", "```"]  # a completion ends at a blank line, as in an editor
 
-CODE = '''def read_config(path):
-    """Read a JSON file and return its content as a dict."""
-'''
-QUESTION = "What does os.path.join do?"
+LONG_FILE = Path(threading.__file__)
+CODE = """class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def increment(self):"""
+QUESTION = "What does os.path.exists do?"
+# No prompt ends in a line break: break and indentation are one token, the model's to choose.
 TOGETHER = (
-    "def fibonacci(n):\n",
-    "def is_prime(n):\n",
-    "import os\n\ndef list_files(path):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "def binary_search(items, target):\n",
-    "def count_words(text):\n",
-    "try:\n    value = int(text)\nexcept ",
-    "with open(path) as f:\n    for line in f:\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
+    "class Queue:\n    def __init__(self):\n        self.items = []\n\n    def __len__(self):",
+    "import json\n\ndef save_json(path, data):\n    with open(path, 'w') as f:",
+    "import json\n\ndef read_json(path):\n    with open(path) as f:\n        return",
+    "import logging\n\nlogger =",
+    "def __init__(self, name, value):",
+    "def squares(n):\n    return [x * x for x in",
+    "def is_even(n):\n    return n %",
 )
 
 
@@ -60,6 +67,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     first_token_s: float
+    total_s: float
     tokens_per_second: float
 
 
@@ -76,11 +84,11 @@ def main(arguments: Sequence[str]) -> int:
         with server(arguments, log) as url:
             print(f"server ready at {url} after {time.monotonic() - start:.1f} s\n")
             key = "unused"  # the server of the demo asks for none
-            with OpenAI(
-                base_url=url + "/v1", api_key=key, timeout=ANSWER_LIMIT_S, max_retries=0
-            ) as client:
+            limits: dict[str, Any] = {"timeout": ANSWER_LIMIT_S, "max_retries": 0}
+            with OpenAI(base_url=url + "/v1", api_key=key, **limits) as client:
                 card = client.models.list().data[0]
-                answers = ask_everything(client, card.id)
+                prompt = long_prompt(tokenizer_of(arguments))
+                answers = ask_everything(client, card.id, prompt)
                 kv_bytes = (card.model_extra or {}).get("kv_bytes_per_token")
         print_table(answers, kv_bytes)
     except (DemoError, OpenAIError) as error:
@@ -143,45 +151,42 @@ def wait_until_ready(url: str) -> None:
     raise DemoError("the server did not become ready")
 
 
-def ask_everything(client: OpenAI, model: str) -> list[Answer]:
+def ask_everything(client: OpenAI, model: str, long_code: str) -> list[Answer]:
     """All four kinds of requests, one after the other."""
+    common: dict[str, Any] = {
+        "model": model,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
 
-    def complete(prompt: str, max_tokens: int) -> Iterator[Any]:
-        return iter(
-            client.completions.create(
-                model=model,
-                prompt=prompt,
-                max_tokens=max_tokens,
-                temperature=0,
-                stream=True,
-                stream_options={"include_usage": True},
-            )
-        )
+    ask: Any = client.completions.create
+    ask_chat: Any = client.chat.completions.create
 
-    def talk(question: str) -> Iterator[Any]:
-        return iter(
-            client.chat.completions.create(
-                model=model,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=96,
-                temperature=0,
-                stream=True,
-                stream_options={"include_usage": True},
-            )
-        )
+    def complete(prompt: str) -> Iterator[Any]:
+        return iter(ask(prompt=prompt, max_tokens=64, stop=CODE_ENDS, **common))
 
-    print(f"# a completion\n{CODE}", end="")
-    answers = [read_stream("complete a function", lambda: complete(CODE, 96), show=True)]
-    print(f"# a chat\n> {QUESTION}")
-    answers.append(read_stream(QUESTION, lambda: talk(QUESTION), show=True))
-    name, prompt = long_prompt()
-    last_lines = "\n".join(prompt.splitlines()[-3:])
-    print(f"# {name}, {len(prompt)} characters, completed at its end\n[...]\n{last_lines}")
-    answers.append(read_stream(f"complete {name}", lambda: complete(prompt, 64), show=True))
+    def continue_file() -> Iterator[Any]:
+        return iter(ask(prompt=long_code, max_tokens=LONG_ANSWER_TOKENS, **common))
+
+    def talk() -> Iterator[Any]:
+        messages = [{"role": "user", "content": QUESTION}]
+        return iter(ask_chat(messages=messages, max_tokens=96, **common))
+
+    print(f"# a completion\n{CODE}", end="", flush=True)
+    answers = [read_stream("complete a method", lambda: complete(CODE), show=True)]
+    print(f"\n# a chat\n> {QUESTION}")
+    answers.append(read_stream("answer a question", talk, show=True))
+    last_lines = "\n".join(long_code.splitlines()[-3:])
+    print(
+        f"\n# {LONG_FILE.name}, {len(long_code)} characters, continued after\n[...]\n{last_lines}",
+        end="",
+    )
+    answers.append(read_stream(f"continue {LONG_FILE.name}", continue_file, show=True))
     if answers[-1].prompt_tokens < LONG_PROMPT_TOKENS:
         raise DemoError(f"the long prompt has only {answers[-1].prompt_tokens} tokens")
-    print("# 8 requests at once")
-    answers.append(ask_together(lambda prompt: complete(prompt, 64)))
+    print("\n# 8 requests at once")
+    answers.append(ask_together(complete))
     return answers
 
 
@@ -209,6 +214,7 @@ def read_stream(asked: str, ask: Callable[[], Iterator[Any]], *, show: bool) -> 
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         first_token_s=first - start,
+        total_s=last - start,
         tokens_per_second=(usage.completion_tokens - 1) / max(last - first, 1e-3),
     )
 
@@ -230,18 +236,32 @@ def ask_together(complete: Callable[[str], Iterator[Any]]) -> Answer:
         prompt_tokens=sum(answer.prompt_tokens for answer in answers),
         completion_tokens=num_generated,
         first_token_s=max(answer.first_token_s for answer in answers),
+        total_s=seconds,
         tokens_per_second=num_generated / seconds,
     )
 
 
-def long_prompt() -> tuple[str, str]:
-    """The head of a long file of this Python's standard library, cut after a `def` line."""
-    path = Path(threading.__file__)
-    head = path.read_text(encoding="utf-8")[:LONG_PROMPT_CHARS]
-    methods = list(re.finditer(r"^    def .*:\n", head, re.MULTILINE))
-    if not methods:
-        raise DemoError(f"no method found in {path}")
-    return path.name, head[: methods[-1].end()]
+def tokenizer_of(arguments: Sequence[str]) -> Tokenizer:
+    """The tokenizer of the checkpoint that the server was told to load."""
+    from model1.tokenizer import Tokenizer
+    from model1.weights import default_checkpoint
+
+    named = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    return Tokenizer.from_dir(named[0] if named else default_checkpoint())
+
+
+def long_prompt(tokenizer: Tokenizer) -> str:
+    """The head of a long file of this Python's standard library.
+
+    It ends at the first line with a colon at its end by which LONG_PROMPT_TOKENS are reached.
+    """
+    code = LONG_FILE.read_text(encoding="utf-8")
+    for match in re.finditer(r":$", code, re.MULTILINE):
+        head = code[: match.end()]
+        # Code has more than two characters per token: shorter heads need not be counted.
+        if len(head) > 2 * LONG_PROMPT_TOKENS and len(tokenizer.encode(head)) >= LONG_PROMPT_TOKENS:
+            return head
+    raise DemoError(f"{LONG_FILE} has fewer than {LONG_PROMPT_TOKENS} tokens")
 
 
 def print_table(answers: Sequence[Answer], kv_bytes: int | None) -> None:
@@ -253,19 +273,21 @@ def print_table(answers: Sequence[Answer], kv_bytes: int | None) -> None:
     table = Table(box=box.SIMPLE, title="\nwhat was measured", padding=(0, 1))
     for name in ("asked", "first words of the answer"):
         table.add_column(name, no_wrap=True)
-    for name in ("prompt", "new", "tokens/s", "first token", "KV bytes/token"):
+    for name in ("prompt", "new", "first token s", "total s", "tok/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for answer in answers:
         table.add_row(
             answer.asked,
-            one_line(answer.text, 30),
+            one_line(answer.text, 36),
             str(answer.prompt_tokens),
             str(answer.completion_tokens),
+            f"{answer.first_token_s:.2f}",
+            f"{answer.total_s:.2f}",
             f"{answer.tokens_per_second:.1f}",
-            f"{answer.first_token_s:.2f} s",
-            "-" if kv_bytes is None else str(kv_bytes),
         )
     Console(width=TABLE_WIDTH, markup=False, highlight=False).print(table)
+    if kv_bytes is not None:
+        print(f"KV cache: {kv_bytes} bytes per token, all layers together")
 
 
 def one_line(text: str, max_chars: int) -> str:

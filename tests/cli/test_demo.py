@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from model1.cli import demo
+from model1.tokenizer import Tokenizer
+from model1.weights import default_checkpoint
 
 
 def chunk(text: str | None, tokens: int | None = None) -> Any:
@@ -41,16 +43,23 @@ def test_eight_requests_become_one_row(capsys: pytest.CaptureFixture[str]) -> No
     assert len(capsys.readouterr().out.splitlines()) == 8
     demo.print_table([answer], 584)
     table = capsys.readouterr().out
-    assert "tokens/s" in table
+    for header in ("first token s", "total s", "tok/s", "first words of the answer"):
+        assert header in table
     assert "584" in table
 
 
 def test_the_long_prompt_is_source_code_cut_where_a_body_must_follow() -> None:
-    name, prompt = demo.long_prompt()
-    assert name == "threading.py"
-    assert demo.LONG_PROMPT_CHARS * 0.9 < len(prompt) <= demo.LONG_PROMPT_CHARS
-    assert prompt.splitlines()[-1].startswith("    def ")
-    assert prompt.endswith(":\n")
+    tokenizer = Tokenizer.from_dir(default_checkpoint())
+    prompt = demo.long_prompt(tokenizer)
+    assert prompt.endswith(":")
+    assert demo.LONG_FILE.read_text(encoding="utf-8")[len(prompt)] == "\n"
+    count = len(tokenizer.encode(prompt))
+    assert demo.LONG_PROMPT_TOKENS <= count < demo.LONG_PROMPT_TOKENS + 500
+
+
+def test_no_prompt_ends_in_a_line_break() -> None:
+    assert len(demo.TOGETHER) == 8
+    assert not any(prompt[-1].isspace() for prompt in (demo.CODE, *demo.TOGETHER))
 
 
 @pytest.mark.slow
