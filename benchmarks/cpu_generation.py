@@ -4,8 +4,7 @@
 `benchmarks/results/cpu.jsonl`. Each contender runs in a process of its own, one after the other,
 with the same prompt lengths, greedy, to the full number of tokens. Rates count every generated
 token over the whole call, prompt included; a first token is a call for one. Prompts are random
-ids, new ones in each call, so that nothing kept from an earlier one can serve them. The peer has
-random weights: its speed does not depend on them. What the answers are worth is not measured.
+ids, new in each call, so that no cache of an earlier one serves them; so are the peer's weights.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import dataclasses
 import datetime
 import importlib
 import importlib.metadata
-import importlib.util
+import itertools
 import json
 import os
 import platform
 import random
-import shlex
+import re
 import statistics
 import subprocess
 import sys
@@ -40,7 +39,7 @@ CONTENDERS = ("model1-int8", "model1-fp32", PEER)  # int8 is the engine's defaul
 VOCAB_SIZE = 8192
 PEER_PARAMETERS = 24_278_400  # the shipped checkpoint has 24_296_069
 WARM_UP_TOKENS = 16
-START_TARGET_S = 8.0
+LINE = "{:12} {:>7} {:>5}" + 3 * " {:>23}"  # name, threads, load average, one cell for each case
 
 # Continues every prompt greedily by the given number of tokens; returns how many came in all.
 Generate = Callable[[list[list[int]], int], int]
@@ -57,20 +56,6 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Of the repeats."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
-        return cls(statistics.median(values), min(values), max(values))
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """One result: `tokens_per_s`, or the `seconds` of a call where that is None."""
 
@@ -78,14 +63,14 @@ class Row:
     threads: int | None  # of torch; None: its own choice
     case: Case
     repeats: int
-    seconds: Spread
-    tokens_per_s: Spread | None
+    seconds: dict[str, float]  # median, min and max of the repeats
+    tokens_per_s: dict[str, float] | None
     load_average: float  # of the machine in the minute before this contender began
 
-    def to_dict(self) -> dict[str, Any]:
-        """Flat, for JSON."""
-        row = dataclasses.asdict(self)
-        return row | row.pop("case")
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """What a row says of its repeats."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def cases(new_tokens: int) -> list[Case]:
@@ -93,7 +78,7 @@ def cases(new_tokens: int) -> list[Case]:
     return [
         Case("1 request, tokens/s", 1, 64, new_tokens),
         Case("8 requests, tokens/s", 8, 64, new_tokens),
-        Case("first of 512, ms", 1, 512, 1),
+        Case("first token of 512, s", 1, 512, 1),
     ]
 
 
@@ -123,14 +108,11 @@ def load_peer() -> Generate:
         num_attention_heads=6,
         intermediate_size=1016,
         tie_word_embeddings=True,
-        bos_token_id=None,
         eos_token_id=None,  # nothing ends an answer early
         pad_token_id=0,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if num_parameters != PEER_PARAMETERS:
-        raise RuntimeError(f"the peer must have {PEER_PARAMETERS} parameters, got {num_parameters}")
+    assert sum(p.numel() for p in model.parameters()) == PEER_PARAMETERS
 
     def generate(prompts: list[list[int]], new_tokens: int) -> int:
         ids = torch.tensor(prompts)
@@ -152,8 +134,8 @@ def run_contender(name: str, threads: int, new_tokens: int, repeats: int) -> lis
     for case in cases(new_tokens):
         seconds = time_case(generate, case, repeats)
         num_tokens = case.batch * case.new_tokens
-        rates = Spread.of([num_tokens / s for s in seconds]) if num_tokens > 1 else None
-        rows.append(Row(name, threads, case, repeats, Spread.of(seconds), rates, load_average))
+        rates = spread([num_tokens / s for s in seconds]) if num_tokens > 1 else None
+        rows.append(Row(name, threads, case, repeats, spread(seconds), rates, load_average))
     return rows
 
 
@@ -187,40 +169,82 @@ def run_server_starts(repeats: int) -> Row:
         start = time.perf_counter()
         with server([], collections.deque(maxlen=1)):
             seconds.append(time.perf_counter() - start)
-    case = Case("server start, ms", 0, 0, 0)
-    return Row("model1-serve", None, case, repeats, Spread.of(seconds[1:]), None, load_average)
+    case = Case("server start, s", 0, 0, 0)
+    return Row("model1-serve", None, case, repeats, spread(seconds[1:]), None, load_average)
 
 
 def circumstances(arguments: Sequence[str]) -> dict[str, Any]:
     """What a row must say beside its numbers: machine, versions, commit, command, date."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = ["git", "-C", str(ROOT)]
+    status = [*git, "status", "--porcelain", "--", "model1", "checkpoints", __file__]
     cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    cpus = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    versions = [importlib.metadata.version(n) if has(n) else None for n in ("torch", "transformers")]
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    versions = {package.name: package.version for package in importlib.metadata.distributions()}
     return {
-        "cpu": cpus[0] if cpus else platform.processor() or platform.machine(),
+        "cpu": cpu[1] if cpu else platform.machine(),
         "cores": os.cpu_count(),
         "niceness": os.nice(0),
-        "torch": versions[0],
-        "transformers": versions[1],
-        "commit": git("rev-parse", "HEAD"),
-        "has_changes": bool(git("status", "--porcelain", "--", "model1", "checkpoints", __file__)),
-        "command": shlex.join(["python", "-m", "benchmarks.cpu_generation", *arguments]),
+        "torch": versions["torch"],
+        "transformers": versions.get("transformers"),
+        "commit": subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip(),
+        "has_changes": subprocess.check_output(status) != b"",
+        "command": " ".join(["python -m benchmarks.cpu_generation", *arguments]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def has(module: str) -> bool:
-    """Whether a module is installed."""
-    return importlib.util.find_spec(module) is not None
+def show(row: Row) -> str:
+    """Median (min-max)."""
+    return "{median:.4g} ({min:.4g}-{max:.4g})".format(**row.tokens_per_s or row.seconds)
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Median (min-max) of each result, and what the peer's median makes of it: > 1 is faster."""
-    peer = {(r.case, r.threads): r for r in rows if r.name == PEER}
-    ...
+def factors(rows: Sequence[Row], name: str) -> list[str]:
+    """For each case: how many times as fast as the peer, both at their best thread count."""
+
+    def best_s(name: str, case: Case) -> float:
+        return min(r.seconds["median"] for r in rows if (r.name, r.case) == (name, case))
+
+    all_cases = dict.fromkeys(row.case for row in rows)
+    return [f"{best_s(PEER, case) / best_s(name, case):.2f} x peer" for case in all_cases]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure what is asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of torch")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of each request")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-server", action="store_true", help="skip the start of the server")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    options = parser.parse_args(arguments)
+    if min(options.repeats, options.new_tokens - 1, *options.threads) < 1:
+        parser.error("--repeats and --threads must be at least 1, --new-tokens at least 2")
+    facts = circumstances(arguments)
+    names = options.contenders
+    if PEER in names and facts["transformers"] is None:
+        print(f"without {PEER}: install the [hf] extra")
+        names = [name for name in names if name != PEER]
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    titles = [case.case for case in cases(options.new_tokens)]
+    print(LINE.format("", "threads", "load", *titles))
+    rows: list[Row] = []
+    for name, threads in itertools.product(names, options.threads):
+        rows += in_own_process(name, threads, options.new_tokens, options.repeats)
+        cells = [show(row) for row in rows[-len(titles) :]]
+        print(LINE.format(name, threads, rows[-1].load_average, *cells), flush=True)
+    for name in names if PEER in names else []:
+        print(LINE.format(name, "best", "", *factors(rows, name)))
+    if not options.no_server:
+        rows.append(run_server_starts(options.repeats))
+        print(f"server ready after {show(rows[-1])} s, target < 8 s")
+    if options.record:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            for row in map(dataclasses.asdict, rows):
+                file.write(json.dumps(row | row.pop("case") | facts) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

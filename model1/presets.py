@@ -109,7 +109,10 @@ def tiny_v32(*, vocab_size: int = 256, compressed_vocab_size: int = 200) -> Mode
 
 
 def code_small(*, compressed_vocab_size: int) -> ModelConfig:
-    """The shipped checkpoint's architecture: about 24 million parameters, every part on.
+    """The shipped checkpoint's architecture: about 24 million parameters.
+
+    Latent and sparse attention, VVPA, Engram and hyper-connections are on. The optional experts,
+    second prediction head and Engram convolution are off.
 
     compressed_vocab_size comes from the tokenizer (`Tokenizer.compression_table().max() + 1`).
     Attention spends at most 30 % of dense multiply-adds beyond `dense_below` tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -46,6 +47,9 @@ def chat(
     config = from_flags(EngineConfig, ENGINE_FLAGS, values, max_num_seqs=1)
     conversation = Conversation(load(path, config), params, system)
     print(HELP, file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Some locales would let bytes that are not UTF-8 through as lone surrogates.
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model1.config import ModelConfig, SparseConfig
 from model1.nn.layers import new_weight
-from model1.ops.dense_attention.ref import range_mask
+from model1.ops.dense_attention import range_mask
 from model1.ops.indexer import lowrank_scores, scan_weights, select_core
 from model1.ops.remainder import merge, remainder
 from model1.ops.sparse_attention import sparse_attention
@@ -29,7 +29,7 @@ class SparseResult(NamedTuple):
 
     out: Tensor  # [t, h, value_dim]
     lse: Tensor  # [t, h] fp32, sink left out
-    scores: Tensor  # [t, h, s] fp32, approximate logits
+    scores: Tensor  # [t, h, s] fp32, approximate logits; hidden keys may be -inf
 
 
 def core_count(num_visible: Tensor, sparse: SparseConfig, sliding_window: int) -> Tensor:

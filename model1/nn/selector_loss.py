@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model1.nn.attention import AttendSpec
 from model1.nn.indexer import LowRankSelector
-from model1.ops.dense_attention.ref import range_mask
+from model1.ops.dense_attention import range_mask
 from model1.ops.sparse_attention import sparse_attention
 
 

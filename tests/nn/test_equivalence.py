@@ -1,8 +1,8 @@
 """The same weights give the same logits however the tokens reach the model.
 
-`tiny` and `tiny_v32` together switch every part on: both attention forms, all four VVPA parts,
-sparse attention with its remainder (lengths cross dense_below), Engram with and without the
-convolution, hyper-connections, experts, tied and untied heads. fp32, within 1e-4.
+`everything` switches all parts of the MODEL1 form on at once; `tiny` and `tiny_v32` are the shipped
+presets of both forms. Lengths cross dense_below, so sparse attention and its remainder take part.
+fp32, within 1e-4.
 """
 
 from __future__ import annotations
@@ -25,7 +25,22 @@ TOLERANCE = 1e-4
 BLOCK = 16
 LENGTH = 150
 Case = tuple[Model, Tensor, Tensor]  # the model, token ids [1, LENGTH], logits of the full forward
-CONFIGS = {"model1": presets.tiny(), "v32": presets.tiny_v32()}
+
+
+def everything() -> ModelConfig:
+    """The MODEL1 form with YaRN, experts, convolution and an untied head as well."""
+    base, other = presets.tiny(), presets.tiny_v32()
+    assert base.engram is not None
+    return dataclasses.replace(
+        base,
+        tie_word_embeddings=False,
+        moe=other.moe,
+        engram=dataclasses.replace(base.engram, short_conv=True),
+        vvpa=dataclasses.replace(base.vvpa, yarn=other.vvpa.yarn),
+    )
+
+
+CONFIGS = {"model1": presets.tiny(), "v32": presets.tiny_v32(), "everything": everything()}
 
 
 def both(name: str) -> ModelConfig:

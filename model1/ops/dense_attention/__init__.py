@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model1.ops.dense_attention.ref import dense_attention_ref, dense_decode_ref
+from model1.ops.dense_attention.ref import dense_attention_ref, dense_decode_ref, range_mask
+
+__all__ = ["dense_attention", "dense_decode", "range_mask"]
 
 
 def _check(q: Tensor, kv: Tensor, value_dim: int, attn_sink: Tensor | None) -> None:
