@@ -41,6 +41,7 @@ CODE = """class Counter:
 
     def increment(self):"""
 QUESTION = "What does os.path.exists do?"
+LONG_QUESTION = "What does Thread.join do?"
 # No prompt ends in a line break: break and indentation are one token, the model's to choose.
 TOGETHER = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
@@ -166,23 +167,20 @@ def ask_everything(client: OpenAI, model: str, long_code: str) -> list[Answer]:
     def complete(prompt: str) -> Iterator[Any]:
         return iter(ask(prompt=prompt, max_tokens=64, stop=CODE_ENDS, **common))
 
-    def continue_file() -> Iterator[Any]:
-        return iter(ask(prompt=long_code, max_tokens=LONG_ANSWER_TOKENS, **common))
-
-    def talk() -> Iterator[Any]:
-        messages = [{"role": "user", "content": QUESTION}]
-        return iter(ask_chat(messages=messages, max_tokens=96, **common))
+    def talk(content: str, max_tokens: int) -> Iterator[Any]:
+        messages = [{"role": "user", "content": content}]
+        return iter(ask_chat(messages=messages, max_tokens=max_tokens, **common))
 
     print(f"# a completion\n{CODE}", end="", flush=True)
     answers = [read_stream("complete a method", lambda: complete(CODE), show=True)]
     print(f"\n# a chat\n> {QUESTION}")
-    answers.append(read_stream("answer a question", talk, show=True))
-    last_lines = "\n".join(long_code.splitlines()[-3:])
-    print(
-        f"\n# {LONG_FILE.name}, {len(long_code)} characters, continued after\n[...]\n{last_lines}",
-        end="",
+    answers.append(read_stream("answer a question", lambda: talk(QUESTION, 96), show=True))
+    print(f"\n# a question about {LONG_FILE.name}, {len(long_code)} characters\n> {LONG_QUESTION}")
+    content = f"{long_code}\n\n{LONG_QUESTION}"
+    about_file = read_stream(
+        f"ask about {LONG_FILE.name}", lambda: talk(content, LONG_ANSWER_TOKENS), show=True
     )
-    answers.append(read_stream(f"continue {LONG_FILE.name}", continue_file, show=True))
+    answers.append(about_file)
     if answers[-1].prompt_tokens < LONG_PROMPT_TOKENS:
         raise DemoError(f"the long prompt has only {answers[-1].prompt_tokens} tokens")
     print("\n# 8 requests at once")
@@ -251,15 +249,15 @@ def tokenizer_of(arguments: Sequence[str]) -> Tokenizer:
 
 
 def long_prompt(tokenizer: Tokenizer) -> str:
-    """The head of a long file of this Python's standard library.
+    """Whole lines from the start of a long file of this Python's standard library.
 
-    It ends at the first line with a colon at its end by which LONG_PROMPT_TOKENS are reached.
+    As few as make LONG_PROMPT_TOKENS. Raises DemoError when the file is too short.
     """
     code = LONG_FILE.read_text(encoding="utf-8")
-    for match in re.finditer(r":$", code, re.MULTILINE):
+    for match in re.finditer(r"$", code, re.MULTILINE):
         head = code[: match.end()]
-        # Code has more than two characters per token: shorter heads need not be counted.
-        if len(head) > 2 * LONG_PROMPT_TOKENS and len(tokenizer.encode(head)) >= LONG_PROMPT_TOKENS:
+        # Code has about four characters per token: shorter heads need not be counted.
+        if len(head) > 3 * LONG_PROMPT_TOKENS and len(tokenizer.encode(head)) >= LONG_PROMPT_TOKENS:
             return head
     raise DemoError(f"{LONG_FILE} has fewer than {LONG_PROMPT_TOKENS} tokens")
 

@@ -33,7 +33,7 @@ class SparseResult(NamedTuple):
 
 
 def core_count(num_visible: Tensor, sparse: SparseConfig, sliding_window: int) -> Tensor:
-    """Tokens attended exactly by a query that sees num_visible [t]: min(n, max(w, min(K, rho n)))."""
+    """Tokens attended exactly out of n = num_visible [t]: min(n, max(w, min(K, rho n)))."""
     share = torch.ceil(num_visible.to(torch.float64) * sparse.core_fraction).long()
     count = share.clamp(max=sparse.index_topk).clamp(min=sliding_window)
     return torch.minimum(count, num_visible)

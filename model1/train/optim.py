@@ -26,7 +26,7 @@ TABLE_PATTERN = re.compile(r"(^|\.)table\.weight$")
 EMBED_PATTERN = re.compile(r"(^|\.)(embed|embed_tokens|embedding|lm_head|head)\.weight$")
 SCALAR_PATTERN = re.compile(r"(^|[._])(scale|base|norm|conv|sink|slope|basis|mean|bias)([._]|$)")
 # Scalars and biases of the hyper-connections move the residual mixing of every token.
-MIXING_PATTERN = re.compile(r"(^|\.)mhc_\w+\.(scale|base)$")
+MIXING_PATTERN = re.compile(r"(^|\.)(mhc_\w+|mtp\.head)\.(scale|base)$")
 MIXING_LR_SHARE = 0.1
 # Quintic Newton-Schulz coefficients that push singular values to [0.7, 1.2] in five steps
 # (Jordan et al. 2024, "Muon").
