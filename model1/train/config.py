@@ -13,24 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model1.errors import ConfigError
-from model1.strict import build_dataclass
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
-def _positive(part: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(part, name)
-        _require(value > 0, f"{name} must be positive, got {value}")
+from model1.strict import build_dataclass, positive, require
 
 
 def _share(part: Any, *names: str) -> None:
     for name in names:
         value = getattr(part, name)
-        _require(0.0 <= value <= 1.0, f"{name} must be in [0, 1], got {value}")
+        require(0.0 <= value <= 1.0, f"{name} must be in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,16 +43,16 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         chosen = [n for n in ("preset", "num_parameters", "init_from") if getattr(self, n)]
-        _require(
+        require(
             len(chosen) == 1,
             "model must give exactly one of preset, num_parameters and init_from, "
             f"got {', '.join(chosen) or 'none'}",
         )
-        _require(
+        require(
             self.num_parameters is None or self.kind == "plain",
             f"num_parameters is only for kind 'plain', got kind {self.kind!r}",
         )
-        _require(
+        require(
             not self.switch_off or (self.kind == "model1" and self.preset is not None),
             f"switch_off needs kind 'model1' and a preset, got {list(self.switch_off)}",
         )
@@ -86,15 +75,15 @@ class DataSection:
     chat_share: float = 0.0  # share of the rows that are chat
 
     def __post_init__(self) -> None:
-        _positive(self, "seq_len", "batch_rows", "micro_batch_rows", "valid_rows")
+        positive(self, "seq_len", "batch_rows", "micro_batch_rows", "valid_rows")
         _share(self, "chat_share")
-        _require(len(self.train) > 0, "data.train must name at least one source")
-        _require(
+        require(len(self.train) > 0, "data.train must name at least one source")
+        require(
             self.batch_rows % self.micro_batch_rows == 0,
             f"micro_batch_rows must divide batch_rows {self.batch_rows}, "
             f"got {self.micro_batch_rows}",
         )
-        _require(
+        require(
             (self.chat_share > 0) == bool(self.chat),
             f"chat_share must be positive exactly when chat has sources, got {self.chat_share}",
         )
@@ -116,9 +105,9 @@ class OptimSection:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "muon_lr", "embed_lr", "scalar_lr", "table_lr", "clip_norm")
+        positive(self, "muon_lr", "embed_lr", "scalar_lr", "table_lr", "clip_norm")
         _share(self, "muon_momentum", "adam_beta1", "adam_beta2", "table_beta2")
-        _require(
+        require(
             self.muon_weight_decay >= 0,
             f"muon_weight_decay must not be negative, got {self.muon_weight_decay}",
         )
@@ -136,12 +125,12 @@ class ScheduleSection:
     final_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive(self, "max_steps")
+        positive(self, "max_steps")
         _share(self, "decay_fraction", "final_factor")
-        _require(
+        require(
             self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}"
         )
-        _require(
+        require(
             self.max_seconds is None or self.max_seconds > 0,
             f"max_seconds must be positive, got {self.max_seconds}",
         )
@@ -156,10 +145,10 @@ class LossSection:
     chunk_tokens: int = 16384  # tokens whose logits exist at one time
 
     def __post_init__(self) -> None:
-        _positive(self, "chunk_tokens")
+        positive(self, "chunk_tokens")
         for name in ("mtp_weight", "aux_weight"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} must not be negative, got {value}")
+            require(value >= 0, f"{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +160,7 @@ class SelectorSection:
     rows: int = 32  # query rows of each packed row on which the loss is measured
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "lr", "rows")
+        positive(self, "steps", "lr", "rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,10 +173,10 @@ class LogSection:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "every_steps", "keep_last")
+        positive(self, "every_steps", "keep_last")
         for name in ("valid_every_steps", "checkpoint_every_steps"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} must not be negative, got {value}")
+            require(value >= 0, f"{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,11 +213,11 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainC
 
 def _override(data: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
-    _require(bool(equals), f"an override must look like section.key=VALUE, got {text!r}")
+    require(bool(equals), f"an override must look like section.key=VALUE, got {text!r}")
     *sections, name = key.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})
-        _require(isinstance(data, dict), f"{section} in override {text!r} is not a section")
+        require(isinstance(data, dict), f"{section} in override {text!r} is not a section")
     try:
         data[name] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
