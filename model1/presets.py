@@ -115,7 +115,7 @@ def code_small(*, compressed_vocab_size: int) -> ModelConfig:
     second prediction head and Engram convolution are off.
 
     compressed_vocab_size comes from the tokenizer (`Tokenizer.compression_table().max() + 1`).
-    Attention spends at most 30 % of dense multiply-adds beyond `dense_below` tokens.
+    Attention executes at most 30 % of dense multiply-adds beyond `dense_below` tokens.
     """
     return ModelConfig(
         vocab_size=8192,
@@ -135,7 +135,7 @@ def code_small(*, compressed_vocab_size: int) -> ModelConfig:
             yarn=None,
             reference_length=512,
         ),
-        sparse=SparseConfig(index_rank=16, index_topk=512, core_fraction=0.09, dense_below=2048),
+        sparse=SparseConfig(index_rank=16, index_topk=512, core_fraction=0.07, dense_below=2048),
         mhc=MhcConfig(hc_mult=4, hc_sinkhorn_iters=8, hc_eps=1e-6, res_init=5.0),
         moe=None,
         engram=_code_small_engram(compressed_vocab_size),

@@ -191,7 +191,7 @@ def test_the_cap_is_absolute() -> None:
     sparse = presets.code_small(compressed_vocab_size=1).sparse
     assert sparse is not None
     counts = core_count(torch.tensor([4096, 10**6, 10**9]), sparse, 128)
-    assert counts.tolist() == [math.ceil(0.09 * 4096), 512, 512]
+    assert counts.tolist() == [math.ceil(0.07 * 4096), 512, 512]
 
 
 # --- dense below a few thousand tokens ---------------------------------------------------
@@ -285,7 +285,7 @@ def multiply_adds(config: ModelConfig, n: int) -> tuple[int, int, int]:
     assert config.sparse is not None
     nope, rope, rank = 192, 32, 16
     dense = n * (nope + rope) + n * (nope + rope)  # logits, then values of the same width
-    core = min(512, max(128, math.ceil(0.09 * n)))
+    core = min(512, max(128, math.ceil(0.07 * n)))
     exact = core * (nope + rope) * 2
     scan = n * (rank + rope)
     rest = (n - core) * (rank + rope)
@@ -308,13 +308,14 @@ def test_cost_counts_what_the_config_switches_off() -> None:
     # Without rotary values both the dense value and the remainder lose 32 channels.
     vvpa = dataclasses.replace(config.vvpa, rotary_value=False)
     got = attention_cost(dataclasses.replace(config, vvpa=vvpa), 4096)
-    core, dense = 369, 4096 * (224 + 192)
+    core, dense = 287, 4096 * (224 + 192)
     assert got == pytest.approx((4096 * 48 + core * 416 + (4096 - core) * 16) / dense)
 
 
-def test_products_executed_by_one_sparse_query(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n", [2049, 4096])
+def test_products_executed_by_one_sparse_query(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """The plain path also multiplies the core's zeros in the remainder; little else is extra."""
-    config, n = presets.code_small(compressed_vocab_size=1), 4096
+    config = presets.code_small(compressed_vocab_size=1)
     case = Attended(config, 1, n, torch.float32)
     case.key_start, case.key_end = torch.tensor([0]), torch.tensor([n])
     z = case.selector.project(case.kv[:, :192])
@@ -330,7 +331,7 @@ def test_products_executed_by_one_sparse_query(monkeypatch: pytest.MonkeyPatch) 
     # The vote of the heads, and q . mean: made once, then carried as one more column of the scan.
     pooling, offset = n, 192 + n
     assert 0 <= executed - (exact + 2 * n * 48 + bases) <= pooling + offset
-    assert executed / dense <= attention_cost(config, n) + 0.02
+    assert executed / dense <= 0.30  # everything counted, not only the terms of attention_cost
 
 
 # --- the basis ---------------------------------------------------------------------------
