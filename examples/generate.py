@@ -5,7 +5,11 @@ python examples/generate.py
 
 from model1 import LLM, SamplingParams
 
-PROMPTS = ["def is_prime(n):\n", "class Stack:\n    def __init__(self):\n"]
+# No prompt ends in a line break: break and indentation are one token, the model's to choose.
+PROMPTS = [
+    "def is_even(n):\n    return n %",
+    "import json\n\ndef read_json(path):\n    with open(path)",
+]
 
 
 def main() -> None:

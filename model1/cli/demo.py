@@ -41,7 +41,7 @@ CODE = """class Counter:
 
     def increment(self):"""
 QUESTION = "What does os.path.exists do?"
-LONG_QUESTION = "What does Thread.join do?"
+LONG_QUESTION = "What does Semaphore.acquire do?"
 # No prompt ends in a line break: break and indentation are one token, the model's to choose.
 TOGETHER = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",

@@ -39,6 +39,7 @@ def evaluate(
     ] = None,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.CPU,
     precision: Annotated[Precision, typer.Option(help="Of matrix products.")] = Precision.FP32,
+    dense: Annotated[bool, typer.Option("--dense", help="Attend to every token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print bits per byte for each package and in total."""
@@ -51,5 +52,7 @@ def evaluate(
         batch_rows=batch_rows,
         precision=precision.value,
     )
-    scores = evaluate_checkpoint(path, data, settings, device=device.value, max_bytes=max_bytes)
+    scores = evaluate_checkpoint(
+        path, data, settings, device=device.value, max_bytes=max_bytes, dense=dense
+    )
     print(json.dumps([s.to_dict() for s in scores]) if as_json else format_table(scores))

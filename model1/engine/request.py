@@ -19,6 +19,7 @@ from model1.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_TEMPERATURE = 2.0  # OpenAI's limit
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 cannot tell the two apart
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs
 MAX_STOP_STRINGS = 16
@@ -40,7 +41,7 @@ class SamplingParams:
 
     max_tokens: int = 16
     min_tokens: int = 0
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # 0 = greedy, at most MAX_TEMPERATURE
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
     min_p: float = 0.0
@@ -58,7 +59,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, _INT64 - 1)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _check_float("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
         _check_int("top_k", self.top_k, 0, _INT64 - 1)
         _check_float("min_p", self.min_p, 0.0, 1.0)

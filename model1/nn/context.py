@@ -52,7 +52,10 @@ def frequencies(config: ModelConfig) -> Tensor:
 
 
 def log_position(positions: Tensor, reference_length: int) -> Tensor:
-    """ln((i + 1) / L0) in fp32."""
+    """ln((i + 1) / L0) of integer positions i [t] (not negative), L0 = reference_length; [t] fp32.
+
+    0 at the last position of the reference length, negative before it. What it is for: `nn.vvpa`.
+    """
     return torch.log((positions + 1).to(torch.float32) / reference_length)
 
 
@@ -63,7 +66,13 @@ def attend_request(
     spec: AttendSpec,
     keys: RequestKeys,
 ) -> Tensor:
-    """All query rows of one request: dense where few tokens are visible, sparse elsewhere."""
+    """All query rows of one request: dense where few tokens are visible, sparse elsewhere.
+
+    q: [t, h, d]; key_start, key_end: [t] int64, row i sees keys key_start[i] <= j < key_end[i].
+    Returns [t, h, spec.value_dim] in the keys' dtype, t > 0; a row that sees no key gives 0. All
+    keys must be finite, hidden ones too (see `dense_attention`). The host waits for the device.
+    Which rows are dense is our choice, by cost; `keys.dense_limit` says.
+    """
     selector = spec.selector
     limit = keys.dense_limit
     if selector is None or limit is None or int((key_end - key_start).max()) <= limit:

@@ -19,7 +19,11 @@ from model1.ops.sparse_attention import sparse_attention
 
 
 def sample_rows(num_visible: Tensor, dense_below: int, count: int) -> Tensor:
-    """Up to `count` evenly spaced row numbers among those that see more than dense_below tokens."""
+    """Up to `count` evenly spaced row numbers among those that see more than dense_below tokens.
+
+    num_visible: [t] integer. Returns int64 row numbers, ascending, on its device; empty where no
+    row sees that many. The host waits for the device. The choice is ours, without randomness.
+    """
     rows = torch.nonzero(num_visible > dense_below)[:, 0]
     if len(rows) <= count:
         return rows

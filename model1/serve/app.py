@@ -90,19 +90,19 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
 def _add_generation_routes(
     app: FastAPI, engine: AsyncEngine, model: ServedModel, config: ServeConfig
 ) -> None:
-    limits = config.limits
+    limits, context = config.limits, model.max_model_len
 
     @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         """Continue one or more prompts."""
-        body = await read_request(request, CompletionRequest, limits)
+        body = await read_request(request, CompletionRequest, limits, context)
         plan = await until_disconnect(request, plan_completion(body, model, limits))
         return await respond(request, engine, plan, CompletionFormat(plan, model))
 
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        body = await read_request(request, ChatRequest, limits)
+        body = await read_request(request, ChatRequest, limits, context)
         plan = await until_disconnect(request, plan_chat(body, model, limits))
         return await respond(request, engine, plan, ChatFormat(plan, model))
 

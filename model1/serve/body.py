@@ -20,13 +20,17 @@ B = TypeVar("B", bound=BaseModel)
 MAX_KEYS = 512  # of one object; every wrong one costs time in the checks that follow
 
 
-async def read_request(request: Request, kind: type[B], limits: Limits) -> B:
-    """The body as a checked `kind`; raises ApiError 400, 408, 413 or 415."""
+async def read_request(request: Request, kind: type[B], limits: Limits, max_model_len: int) -> B:
+    """The body as a checked `kind`; raises ApiError 400, 408, 413 or 415.
+
+    A prompt that is too long for the context `max_model_len` mostly gets through to the check that
+    counts its tokens; 413 is for what is far beyond.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         # Browsers send other types across origins without asking the server first.
         raise ApiError(415, "the Content-Type header must be application/json")
-    data = parse_json(await _read_body(request, limits))
+    data = parse_json(await _read_body(request, limits, max_model_len))
     if not isinstance(data, dict):
         raise ApiError(400, "the request body must be a JSON object")
     try:
@@ -35,21 +39,25 @@ async def read_request(request: Request, kind: type[B], limits: Limits) -> B:
         raise from_validation(error) from None
 
 
-async def _read_body(request: Request, limits: Limits) -> bytes:
+async def _read_body(request: Request, limits: Limits, max_model_len: int) -> bytes:
     declared = request.headers.get("content-length", "0")
-    limit = limits.max_body_bytes
-    too_large = ApiError(413, f"the request body is larger than {limit} bytes")
+    limit, timeout_s = limits.body_bytes(max_model_len), limits.body_timeout_s
+    too_large = ApiError(
+        413,
+        f"the request body is larger than {limit} bytes, which no prompt within the context of "
+        f"{max_model_len} tokens needs",
+    )
     if not declared.isdigit() or int(declared[:20]) > limit:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.body_timeout_s):
+        async with asyncio.timeout(timeout_s):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > limit:
                     raise too_large
     except TimeoutError:
-        raise ApiError(408, f"the body took longer than {limits.body_timeout_s:g} s") from None
+        raise ApiError(408, f"the body took longer than {timeout_s:g} s") from None
     return bytes(body)
 
 

@@ -7,14 +7,17 @@ from typing import Literal
 
 from model1.errors import ConfigError
 
-MIB = 1 << 20
+MIN_BODY_BYTES = 1 << 20
+BODY_BYTES_PER_TOKEN = 16  # of the context: four times the average of text, for JSON's escapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Bounds that keep one client from harming the others."""
 
-    max_body_bytes: int = MIB  # parsing holds up every client: at worst 0.3 s per MiB
+    # None = what a prompt as long as the context can take. Parsing holds up every client, at worst
+    # 0.3 s per MiB.
+    max_body_bytes: int | None = None
     body_timeout_s: float = 10.0  # to send a whole request body
     header_timeout_s: float = 10.0  # to send a whole request head
     max_header_bytes: int = 16 * 1024
@@ -22,6 +25,12 @@ class Limits:
     max_active_sequences: int = 256  # running and queued; beyond it the answer is 503
     max_sequences_per_request: int = 128  # prompts times n
     hang_timeout_s: float = 60.0  # a step older than this makes the server not ready
+
+    def body_bytes(self, max_model_len: int) -> int:
+        """Most bytes of a request body to a model with a context of `max_model_len` tokens."""
+        if self.max_body_bytes is not None:
+            return self.max_body_bytes
+        return max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * max_model_len)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

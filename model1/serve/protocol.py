@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from model1.engine.request import MAX_LOGPROBS, MAX_TEMPERATURE
+
 MAX_CHOICES = 8
 MAX_PROMPTS = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
-MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_MESSAGES = 2048
 MAX_CONTENT_PARTS = 256
@@ -116,7 +117,7 @@ class SamplingFields(Body):
     model: str = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKEN_ID)
     min_tokens: int | None = Field(None, ge=0, le=MAX_TOKEN_ID)
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKEN_ID)  # 0 and -1 switch it off
     min_p: float | None = Field(None, ge=0, le=1)

@@ -139,7 +139,7 @@ class DrainingServer(uvicorn.Server):
 def _ready_lines(host: str, port: int, model_name: str, *, has_key: bool) -> list[str]:
     address = f"[{host}]" if ":" in host else host
     url = f"http://{address}:{port}"
-    body = {"model": model_name, "prompt": "def fibonacci(n):", "max_tokens": 48}
+    body = {"model": model_name, "prompt": "def is_even(n):\n    return n %", "max_tokens": 24}
     key = '-H "Authorization: Bearer $MODEL1_API_KEY" ' if has_key else ""
     json_type = '-H "Content-Type: application/json"'
     data = shlex.quote(orjson.dumps(body).decode())

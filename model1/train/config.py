@@ -35,7 +35,7 @@ class ModelSection:
     preset: str | None = None
     num_parameters: int | None = None
     init_from: str | None = None
-    switch_off: tuple[str, ...] = ()  # parts set to None: "engram", "mhc", "sparse", "moe"
+    switch_off: tuple[str, ...] = ()  # left out: "engram", "mhc", "moe", "sparse", "vvpa"
     attention: Literal["sdpa", "flex"] = "sdpa"  # kind "plain" only: which kernel attends
     dense_attention: bool = False  # kind "model1" only: every layer dense, the selector unused
     yarn_factor: float | None = None  # with `init_from`: stretch the context it was trained on
@@ -140,7 +140,7 @@ class ScheduleSection:
 class LossSection:
     """Weights of the training-only terms beside cross-entropy."""
 
-    mtp_weight: float = 0.3
+    mtp_weight: float | None = None  # None: 0.3; a number needs a model with an MTP head
     aux_weight: float = 1.0  # of every term that the model itself reports
     chunk_tokens: int = 16384  # tokens whose logits exist at one time
 
@@ -148,7 +148,7 @@ class LossSection:
         positive(self, "chunk_tokens")
         for name in ("mtp_weight", "aux_weight"):
             value = getattr(self, name)
-            require(value >= 0, f"{name} must not be negative, got {value}")
+            require(value is None or value >= 0, f"{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ number), so the position in the data is one integer.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -116,25 +117,36 @@ def _encode(texts: list[str], tokenizer: Tokenizer) -> Iterator[tuple[Example, i
 def write_cache(
     folder: Path, examples: Iterable[tuple[Example, int]], tokenizer: Tokenizer
 ) -> None:
-    """Write a cache folder; it appears under its name only when it is whole."""
+    """Write a cache folder; it appears under its name only when it is whole.
+
+    Without an example it is a `DataError`, and no folder is made.
+    """
+    examples = iter(examples)
+    first = next(examples, None)
+    if first is None:
+        raise DataError(f"the sources give no example for {folder.name}")
     temporary = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    with (
-        open(temporary / "tokens.bin", "wb") as tokens,
-        open(temporary / "loss_mask.bin", "wb") as masks,
-    ):
-        offsets, num_bytes = _append(examples, tokens, masks, dtype)
-    if len(offsets) == 1:
+    try:
+        _write_files(temporary, itertools.chain([first], examples), tokenizer)
+    except BaseException:
         shutil.rmtree(temporary)
-        raise DataError(f"the sources give no example for {folder.name}")
-    if not (temporary / "loss_mask.bin").stat().st_size:
-        (temporary / "loss_mask.bin").unlink()
-    np.save(temporary / "offsets.npy", np.array(offsets, np.int64))
-    meta = {"dtype": dtype.name, "num_bytes": num_bytes}
-    (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        raise
     temporary.rename(folder)
+
+
+def _write_files(
+    folder: Path, examples: Iterable[tuple[Example, int]], tokenizer: Tokenizer
+) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "loss_mask.bin", "wb") as masks:
+        offsets, num_bytes = _append(examples, tokens, masks, dtype)
+    if not (folder / "loss_mask.bin").stat().st_size:
+        (folder / "loss_mask.bin").unlink()
+    np.save(folder / "offsets.npy", np.array(offsets, np.int64))
+    meta = {"dtype": dtype.name, "num_bytes": num_bytes}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _append(

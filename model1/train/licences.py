@@ -1,13 +1,15 @@
 """Which licences training text may have, read from the metadata of installed packages.
 
 A package is accepted only if every licence that its metadata names is permissive and known here;
-anything else, a silent metadata file included, is refused by name. Licence files are not parsed.
+anything else, a silent metadata file included, is refused by name. Licence files decide nothing
+but which of the BSD licences is meant where the metadata says just "BSD".
 """
 
 from __future__ import annotations
 
 import re
 from importlib.metadata import Distribution, PackageMetadata
+from pathlib import Path
 
 from model1.errors import DataError
 
@@ -31,6 +33,10 @@ _KNOWN_NAMES = {
     "python software foundation license": "PSF-2.0",
     "public domain": "Public-Domain",
 }
+
+_LICENCE_FILE = re.compile(r"\.dist-info/(.*/)?(licen[cs]e|copying)[^/]*$", re.IGNORECASE)
+_BSD_GRANT = "redistribution and use in source and binary forms"
+_BSD_ENDORSEMENT = "endorse or promote products"  # the third clause
 
 _CLASSIFIER_PREFIX = "License :: "
 # umbrella classifiers that name no licence
@@ -56,6 +62,7 @@ def permissive_licence(text: str) -> str:
 def distribution_licence(distribution: Distribution) -> str:
     """Licence of an installed package: `License-Expression`, else classifiers, else `License`.
 
+    "BSD" becomes BSD-2-Clause or BSD-3-Clause where the `License` field or a licence file tells.
     Raises DataError naming the package when the licence is missing or not permissive.
     """
     metadata = distribution.metadata
@@ -66,11 +73,35 @@ def distribution_licence(distribution: Distribution) -> str:
     try:
         if expression:
             return permissive_licence(expression)
-        if classifiers:
-            return " AND ".join(dict.fromkeys(permissive_licence(c) for c in classifiers))
-        return permissive_licence(free_text)
+        names = [permissive_licence(text) for text in classifiers or [free_text]]
     except DataError as error:
         raise DataError(f"package {name}: {error}") from error
+    bsd = _which_bsd(distribution, free_text) if "BSD" in names else "BSD"
+    return " AND ".join(dict.fromkeys(bsd if name == "BSD" else name for name in names))
+
+
+def _which_bsd(distribution: Distribution, free_text: str) -> str:
+    texts = [free_text]
+    for file in distribution.files or []:
+        path = Path(str(file.locate()))
+        if _LICENCE_FILE.search(file.as_posix()) and path.is_file():
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    found = {name for text in texts if (name := _bsd_of_text(text)) is not None}
+    return found.pop() if len(found) == 1 else "BSD"
+
+
+def _bsd_of_text(text: str) -> str | None:
+    """The BSD licence that a text names or is; None if it is neither, or several that differ."""
+    text = " ".join(text.lower().split())
+    num_grants, num_endorsements = text.count(_BSD_GRANT), text.count(_BSD_ENDORSEMENT)
+    if num_grants == 0:
+        named = re.search(r"\bbsd[- ]([23])[- ]clause\b|\b([23])[- ]clause bsd\b", text)
+        return None if named is None else f"BSD-{named[1] or named[2]}-Clause"
+    if "advertising materials" in text:  # the four-clause licence
+        return None
+    if num_endorsements == 0:
+        return "BSD-2-Clause"
+    return "BSD-3-Clause" if num_endorsements == num_grants else None
 
 
 def _field(metadata: PackageMetadata, name: str) -> str:

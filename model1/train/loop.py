@@ -33,7 +33,7 @@ from model1.train.config import TrainConfig
 from model1.train.data import PackedRows, RowStream, TokenCache, text_cache
 from model1.train.finetune import chat_cache
 from model1.train.log import RunLog, truncate_log
-from model1.train.loss import count_targets, training_loss
+from model1.train.loss import check_loss, count_targets, training_loss
 from model1.train.models import build_model
 from model1.train.optim import Optimizer
 from model1.train.plot import plot_losses
@@ -61,8 +61,9 @@ class Trainer:
         if resume and not found:
             raise ConfigError(f"out_dir {self.out_dir} holds no checkpoint to resume from")
         self.tokenizer = Tokenizer.from_dir(config.data.tokenizer)
+        model = build_model(config, self.tokenizer)  # refuses a bad config before files are made
+        check_loss(config.loss, model)
         self.stream, self.valid = self._open_data()
-        model = build_model(config, self.tokenizer)
         self.model = model.to(self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self.progress = Progress()

@@ -10,14 +10,16 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model1.errors import ConfigError
 from model1.train.config import LossSection
 from model1.train.data import Batch
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MTP_HIDDEN = "mtp_hidden"
+MTP_WEIGHT = 0.3  # of the multi-token prediction loss, DeepSeek-V3 (arXiv 2412.19437)
 IGNORE = -100  # target that is not to be learned; the default of F.cross_entropy
 
 
@@ -42,6 +44,14 @@ class TargetCounts(NamedTuple):
 
     tokens: int
     mtp: int
+
+
+def check_loss(settings: LossSection, model: nn.Module) -> None:
+    """Raise ConfigError for a weight of a term that this model does not have."""
+    if settings.mtp_weight and getattr(model, "mtp", None) is None:
+        raise ConfigError(
+            f"loss.mtp_weight needs a model with an MTP head, got {settings.mtp_weight} without one"
+        )
 
 
 def count_targets(batch: Batch) -> TargetCounts:
@@ -112,9 +122,10 @@ def training_loss(
     loss = terms["cross_entropy"]
     aux = dict(aux)
     ahead = aux.pop(MTP_HIDDEN, None)
-    if ahead is not None and settings.mtp_weight:
+    mtp_weight = MTP_WEIGHT if settings.mtp_weight is None else settings.mtp_weight
+    if ahead is not None and mtp_weight:
         terms["mtp"] = mean(ahead[:, :-1], mtp_targets(batch.targets), counts.mtp)
-        loss = loss + settings.mtp_weight * terms["mtp"]
+        loss = loss + mtp_weight * terms["mtp"]
     for name, value in aux.items():
         terms[name] = value.float() * share
         loss = loss + settings.aux_weight * terms[name]

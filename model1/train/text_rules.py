@@ -21,6 +21,12 @@ _HEADER_LINES = 12
 _GENERATED = re.compile(
     r"(?im)^#.*(?:@generated|auto-?generated|generated (?:from|by|automatically|file)|do not edit)"
 )
+# A file may carry a stricter licence than its package's metadata says.
+_COPYLEFT_LINES = 40
+_COPYLEFT = re.compile(
+    r"GNU (?:Lesser |Library |Affero )?General Public Licen[sc]e|\b[AL]?GPL-?v?[23]"
+)
+_CHOICE = re.compile(r"\b(?:MIT|BSD|Apache|dual)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +63,9 @@ def refusal(text: str, rules: CorpusRules) -> str | None:
         return "blank"
     if _GENERATED.search("\n".join(lines[:_HEADER_LINES])):
         return "generated"
+    notice = "\n".join(lines[:_COPYLEFT_LINES])
+    if _COPYLEFT.search(notice) and not _CHOICE.search(notice):
+        return "copyleft notice"
     if sum(map(len, lines)) > rules.max_mean_line_chars * len(lines):
         return "long lines"
     if len(lines) > 50 and len(set(lines)) < (1.0 - rules.max_repeated_line_share) * len(lines):

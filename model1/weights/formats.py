@@ -24,7 +24,7 @@ from model1.weights.fp8 import BLOCK, dequantize_blocks, quantize_blocks
 from model1.weights.tensors import Shards
 
 WeightFormat = Literal["fp8", "bf16", "fp32"]
-TableFormat = Literal["bf16", "fp8", "fp4"]
+TableFormat = Literal["fp32", "bf16", "fp8", "fp4"]
 Storage = Literal["fp8", "bf16", "fp32", "table"]
 
 SCALE_SUFFIX = "_scale"
@@ -73,7 +73,7 @@ class StorageFormats:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("weights", self.weights, ("fp8", "bf16", "fp32")),
-            ("tables", self.tables, ("bf16", "fp8", "fp4")),
+            ("tables", self.tables, ("fp32", "bf16", "fp8", "fp4")),
             ("weight_block_size", self.weight_block_size, ((BLOCK, BLOCK),)),
         ):
             if value not in known:
@@ -81,7 +81,9 @@ class StorageFormats:
 
     @classmethod
     def from_dict(cls, data: Any) -> StorageFormats:
-        """Strict: an unknown, missing or wrong key is a ConfigError."""
+        """Strict: an unknown, missing or wrong key is a ConfigError. None: fp32, as in training."""
+        if data is None:
+            return cls(weights="fp32", tables="fp32")
         if not isinstance(data, dict):
             raise ConfigError(f"quantization must be an object, got {data!r}")
         return build_dataclass(cls, data, where="quantization.")
@@ -158,20 +160,24 @@ def _encode(name: str, tensor: Tensor, formats: StorageFormats) -> dict[str, Ten
     if not torch.isfinite(tensor).all():
         raise ValueError("it must be finite, it holds NaN or infinity")
     storage = formats.storage(name, tensor.shape)
-    if storage == "table":
+    if storage == "table" and formats.tables != "fp32":
         rows = quantize_rows(tensor, formats.tables).to_tensors()
         keys = {"data": name, "scale": name + SCALE_SUFFIX}
         return {keys[part]: values for part, values in rows.items()}
     if storage == "fp8":
         blocks = quantize_blocks(tensor)
         return {name: blocks.x_fp8, name + SCALE_SUFFIX: blocks.x_scale}
-    return {name: tensor.to(_DTYPES[storage])}
+    return {name: tensor.to(torch.float32 if storage == "table" else _DTYPES[storage])}
 
 
 def _decode(
     name: str, entry: Tensor, scale: Tensor | None, formats: StorageFormats
 ) -> Tensor | RowStore:
     storage = formats.storage(name, entry.shape)
+    if storage == "table" and formats.tables == "fp32":
+        if entry.dtype != torch.float32 or scale is not None:
+            raise ValueError(f"rows must be stored as fp32 without a scale, got {entry.dtype}")
+        return quantize_rows(entry, "bf16")  # the widest that is looked up
     if storage == "table":
         store = RowStore.from_tensors(
             {"data": entry} if scale is None else {"data": entry, "scale": scale}

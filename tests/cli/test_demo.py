@@ -53,6 +53,8 @@ def test_the_long_prompt_is_the_fewest_whole_lines_that_reach_the_tokens() -> No
     prompt = demo.long_prompt(tokenizer)
     assert demo.LONG_FILE.read_text(encoding="utf-8")[len(prompt)] == "\n"
     assert len(tokenizer.encode(prompt)) >= demo.LONG_PROMPT_TOKENS
+    assert "class Semaphore" in prompt  # what the question is about
+    assert "Semaphore.acquire" in demo.LONG_QUESTION
     without_last_line = prompt.rpartition("\n")[0]
     assert len(tokenizer.encode(without_last_line)) < demo.LONG_PROMPT_TOKENS
 

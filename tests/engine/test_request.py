@@ -16,6 +16,7 @@ BAD = [
     ("min_tokens", -1),
     ("min_tokens", 17),  # above max_tokens
     ("temperature", -0.1),
+    ("temperature", 2.1),
     ("temperature", math.nan),
     ("temperature", math.inf),
     ("temperature", "1"),

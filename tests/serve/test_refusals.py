@@ -194,6 +194,20 @@ def test_a_large_body_is_413_declared_or_chunked() -> None:
     run_with(test, config=ServeConfig(limits=Limits(max_body_bytes=4096)))
 
 
+def test_a_prompt_far_too_long_is_400_up_to_the_largest_body() -> None:
+    async def test(server: Server) -> None:
+        answer = await server.complete(prompt="x" * 1_000_000)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        answer = await server.complete(prompt="x" * (1 << 20))
+        assert answer.status_code == 413
+        assert "context of 64 tokens" in answer.json()["error"]["message"]
+
+    run_with(test)
+    assert Limits().body_bytes(max_model_len=1 << 20) == 16 << 20
+    assert Limits(max_body_bytes=10).body_bytes(max_model_len=1 << 20) == 10
+
+
 def test_an_engine_refusal_keeps_its_parameter() -> None:
     async def test(server: Server) -> None:
         for stream in (False, True):

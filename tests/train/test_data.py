@@ -112,7 +112,15 @@ def test_a_failed_write_leaves_no_cache(
     (bad / "b.py").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"b\.py is not UTF-8"):
         text_cache((str(bad),), tokenizer, str(tmp_path / "cache"), (".py",))
-    assert not [p for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sources_without_text_make_no_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.py").write_text("")
+    with pytest.raises(DataError, match="hold no text"):
+        text_cache((str(tmp_path / "empty"),), tokenizer, str(tmp_path / "cache"), (".py",))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_too_little_text_is_an_error(rows: PackedRows) -> None:

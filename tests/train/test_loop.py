@@ -133,11 +133,16 @@ def test_a_gpu_that_is_absent_is_an_error(make_config: Make) -> None:
         ("model.preset=huge", "must name a function of model1.presets, got 'huge'"),
         ('model.switch_off=["attention"]', "switch_off must name one of .* got 'attention'"),
         ('model={kind="model1", init_from="absent"}', "absent"),
+        ("loss.mtp_weight=0.3", "loss.mtp_weight needs a model with an MTP head, got 0.3"),
+        ('data.train=["absent"]', "absent"),
     ],
 )
-def test_a_wrong_model_is_named(make_config: Make, override: str, message: str) -> None:
+def test_a_wrong_run_is_named_and_leaves_no_files(
+    make_config: Make, tmp_path: Path, override: str, message: str
+) -> None:
     with pytest.raises(Model1Error, match=message):
         Trainer(make_config(override), quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_neither_overwritten_nor_invented(make_config: Make) -> None:

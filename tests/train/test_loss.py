@@ -83,6 +83,8 @@ def test_terms_are_named_and_weighted() -> None:
     expected = terms["cross_entropy"] + 0.5 * terms["mtp"] + 2.0 * terms["balance"]
     torch.testing.assert_close(terms["loss"], expected)
     assert "mtp" not in training_loss(model, batch, LossSection(mtp_weight=0.0))
+    terms = training_loss(model, batch, LossSection(aux_weight=0.0))
+    torch.testing.assert_close(terms["loss"], terms["cross_entropy"] + 0.3 * terms["mtp"])
 
 
 def test_the_token_after_next_stays_in_the_document() -> None:

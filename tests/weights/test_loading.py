@@ -141,13 +141,19 @@ def test_config_of_another_size(copy: Path) -> None:
         load_model(copy)
 
 
+def test_without_a_quantization_object_everything_must_be_fp32(copy: Path) -> None:
+    edit_config(copy, lambda c: c.pop("quantization"))
+    with pytest.raises(CheckpointError, match="must be stored as"):
+        load_model(copy)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: c.update(hidden_sise=64), r"config\.json: unknown config key hidden_sise"),
         (lambda c: c.pop("vvpa"), r"config\.json: missing config key vvpa"),
         (lambda c: c.update(model_type="llama"), "model_type must be 'model1', got 'llama'"),
-        (lambda c: c.pop("quantization"), "quantization must be an object, got None"),
+        (lambda c: c.update(quantization=1), "quantization must be an object, got 1"),
         (lambda c: c["quantization"].update(bits=3), "unknown config key quantization.bits"),
         (lambda c: c.update(hidden_size="64"), "hidden_size must be int, got '64'"),
     ],
