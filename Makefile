@@ -9,10 +9,13 @@ VENV ?= .venv
 # With PY=python3 a target runs in an environment that already has everything (a GPU image).
 PY ?= $(VENV)/bin/python
 READY = $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
+TEST_READY = $(if $(READY),$(VENV)/.installed-triton)
 BIN = $(if $(READY),$(VENV)/bin/)
 TORCH = $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.lock)
+CPU_TORCH = [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null
 UV = $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALL = $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python
 
 # Start-up is a second slower where the environment forbids Python to keep its bytecode.
 export PYTHONDONTWRITEBYTECODE =
@@ -25,22 +28,27 @@ help:
 
 # torch first and alone. On Linux the public index serves CUDA builds of several gigabytes under
 # the same version, so without a GPU the CPU build is asked for by its full name: from the
-# configured package sources if they have it, else from PyTorch's own index.
+# configured package sources if they have it, else from PyTorch's own index. Triton stays out.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@echo "setting up $(VENV) with $(PYTHON)"
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Model1 needs Python 3.11 to 3.13, got %d.%d: set PYTHON=" % sys.version_info[:2])'
 	@rm -f $@
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install -q $(UV)
-	@if [ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then \
-	  $(PIP) install -q $(TORCH); \
-	else \
+	@if $(CPU_TORCH); then \
 	  $(PIP) install -q --no-deps $(TORCH)+cpu 2>/dev/null || { \
 	  echo "$(TORCH)+cpu is not in the configured package sources; asking PyTorch's index"; \
 	  $(PIP) install -q --no-deps $(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu; }; \
+	else \
+	  $(PIP) install -q $(TORCH); \
 	fi
-	@$(VENV)/bin/uv pip install -q --compile-bytecode --python $(VENV)/bin/python -r requirements.lock
-	@$(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps --editable .
+	@grep -v '^triton==' requirements.lock | $(INSTALL) --compile-bytecode -r -
+	@$(INSTALL) --no-deps --editable .
+	@touch $@
+
+# Checks and tests alone need Triton (0.7 GB). A CUDA build of torch has brought its own.
+$(VENV)/.installed-triton: $(VENV)/.installed
+	@if $(CPU_TORCH); then grep '^triton==' requirements.lock | $(INSTALL) -r -; fi
 	@touch $@
 
 demo: $(READY)
@@ -49,11 +57,11 @@ demo: $(READY)
 serve: $(READY)
 	@$(PY) -m model1.cli serve $(ARGS)
 
-test: check
+test: check $(TEST_READY)
 	@$(PY) -m pytest -n 2 --dist loadgroup --slow
 
 # An image that brings its own PyTorch lacks pytest's plugins: their settings are not errors there.
-test-gpu: $(READY)
+test-gpu: $(TEST_READY)
 	@$(PY) -m pytest -m gpu --slow $(if $(READY),,-o addopts=--import-mode=importlib -W default)
 
 check: format-check lint types imports lines
@@ -64,7 +72,7 @@ format-check: $(READY)
 lint: $(READY)
 	@$(BIN)ruff check --quiet .
 
-types: $(READY)
+types: $(TEST_READY)
 	@$(BIN)pyright --pythonpath $(PY)
 
 imports: $(READY)

@@ -30,6 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A warm kernel cache hides compilation errors: every run starts with an empty one.
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="model1-triton-")
+    # Triton reads this where a kernel is defined: without a GPU its kernels run interpreted.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,11 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY_LINES = 14000  # all of model1/; growth is explained in the change that needs it
-FOLDERS = ("model1", "tests", "tools", "examples")
+LIBRARY_LINES = 21000  # all of model1/; growth is explained in the change that needs it
+FOLDERS = ("model1", "tests", "tools", "examples", "benchmarks")
 FILE_LINES = 300
 TEST_FILE_LINES = 400
+TRITON_FILE_LINES = 400  # a kernel and its launcher stay together
 FUNCTION_LINES = 40  # from `def` to the last line, the docstring not counted
+KERNEL_LINES = 150  # the same for a @triton.jit function, which cannot hand over its registers
 INIT_LINES = 40  # exports only
 OP_INIT_LINES = 150  # an operator's contract: docstrings, checks, dispatch
 
@@ -30,12 +32,24 @@ def file_limit(path: Path) -> int:
     if parts[0] == "tests":
         return TEST_FILE_LINES
     if path.name != "__init__.py":
-        return FILE_LINES
+        return TRITON_FILE_LINES if is_triton_file(path) else FILE_LINES
     return OP_INIT_LINES if parts[1] == "ops" else INIT_LINES
 
 
-def long_functions(path: Path) -> list[tuple[str, int, int]]:
-    """Name, first line and length of every function over the limit."""
+def is_triton_file(path: Path) -> bool:
+    """Whether the file is of Triton kernels: operators import those on first use."""
+    return "\nimport triton\n" in path.read_text(encoding="utf-8")
+
+
+def function_limit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The limit of one function: Triton kernels and their device functions get more."""
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    is_kernel = any(text.startswith("triton.jit") for text in decorators)
+    return KERNEL_LINES if is_kernel else FUNCTION_LINES
+
+
+def long_functions(path: Path) -> list[tuple[str, int, int, int]]:
+    """Name, first line, length and limit of every function over its limit."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -44,8 +58,8 @@ def long_functions(path: Path) -> list[tuple[str, int, int]]:
         if ast.get_docstring(node) is not None:
             docstring = node.body[0]
             length -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
-        if length > FUNCTION_LINES:
-            found.append((node.name, node.lineno, length))
+        if length > function_limit(node):
+            found.append((node.name, node.lineno, length, function_limit(node)))
     return found
 
 
@@ -61,8 +75,8 @@ def violations() -> list[str]:
         if num_lines(path) > file_limit(path):
             found.append(f"{where}: {num_lines(path)} lines, at most {file_limit(path)}")
         if where.parts[0] != "tests":
-            for name, line, length in long_functions(path):
-                found.append(f"{where}:{line}: {name} has {length} lines, at most {FUNCTION_LINES}")
+            for name, line, length, limit in long_functions(path):
+                found.append(f"{where}:{line}: {name} has {length} lines, at most {limit}")
     total = sum(map(num_lines, python_files("model1")))
     if total > LIBRARY_LINES:
         found.append(f"model1/: {total} lines, at most {LIBRARY_LINES}")

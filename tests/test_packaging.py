@@ -17,9 +17,9 @@ import pytest
 from line_budget import ROOT, python_files
 
 NOT_BY_DEFAULT = re.compile(r"^(nvidia|cuda|triton|transformers|openai|pytest)", re.IGNORECASE)
-# Imports that belong to a declared distribution of another name, or to an optional extra.
-BELONGS_TO = {"pydantic_core": "pydantic", "matplotlib": "[eval]", "openai": "[dev]"}
-NOT_IN_LOCK = re.compile(r"^(nvidia|cuda|triton|transformers)", re.IGNORECASE)
+BELONGS_TO = {"pydantic_core": "pydantic"}  # imports from a distribution of another name
+IN_AN_EXTRA = {"matplotlib", "openai", "triton"}
+NOT_IN_LOCK = re.compile(r"^(nvidia|cuda|transformers)", re.IGNORECASE)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_default_install_is_small(metadata: Message) -> None:
 
 def test_every_import_is_declared(metadata: Message) -> None:
     required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
-    declared = {re.split(r"[^\w-]", r)[0] for r in required} | {"model1", "[eval]", "[dev]"}
+    declared = {re.split(r"[^\w-]", r)[0] for r in required} | IN_AN_EXTRA | {"model1"}
     declared |= set(sys.stdlib_module_names)
     found = {BELONGS_TO.get(name, name) for path in python_files("model1") for name in roots(path)}
     assert found - declared == set()
@@ -84,21 +84,40 @@ def test_console_script_points_at_a_function(wheel: zipfile.ZipFile) -> None:
     assert callable(getattr(importlib.import_module(match[1]), match[2]))
 
 
-def test_lock_has_no_gpu_and_hub_packages() -> None:
+def locked() -> list[str]:
+    """Name, version and marker of every locked package."""
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    packages = [line for line in lines if line and not line.startswith((" ", "#"))]
-    assert len(packages) > 40
-    assert all("==" in line for line in packages)
-    assert [line for line in packages if NOT_IN_LOCK.match(line)] == []
+    return [line for line in lines if line and not line.startswith((" ", "#"))]
+
+
+def test_lock_has_no_gpu_and_hub_packages() -> None:
+    assert len(locked()) > 40
+    assert all("==" in line for line in locked())
+    assert [line for line in locked() if NOT_IN_LOCK.match(line)] == []
+
+
+def test_lock_pairs_triton_with_a_numpy_that_its_interpreter_can_use() -> None:
+    (triton,) = (line for line in locked() if line.startswith("triton"))
+    assert triton == "triton==3.6.0 ; platform_machine == 'x86_64' and sys_platform == 'linux'"
+    (numpy,) = (line for line in locked() if line.startswith("numpy"))
+    assert re.fullmatch(r"numpy==2\.[0-3]\.\d+", numpy)
+
+
+@pytest.mark.parametrize(
+    ("target", "installs"), [("demo", 0), ("serve", 0), ("check", 1), ("test", 1)]
+)
+def test_only_checks_and_tests_install_triton(target: str, installs: int, tmp_path: Path) -> None:
+    command = ["make", "--dry-run", target, f"VENV={tmp_path}"]
+    plan = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert plan.count("grep -v '^triton==' requirements.lock") == 1
+    assert plan.count("grep '^triton==' requirements.lock") == installs
 
 
 def test_lock_covers_every_declared_dependency(metadata: Message) -> None:
-    locked = set(
-        re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    )
+    names = {line.partition("==")[0] for line in locked()}
     declared = {
         re.split(r"[^\w.-]", r)[0].lower()
         for r in metadata.get_all("Requires-Dist", [])
         if "extra ==" not in r or "extra == 'dev'" in r
     }
-    assert declared - {"model1-llm"} <= locked
+    assert declared - {"model1-llm"} <= names

@@ -221,4 +221,8 @@ def test_train_command(tmp_path: Path) -> None:
     arguments = shlex.split(command("model1 train"))[1:]
     arguments += ["--set", f"out_dir={tmp_path / 'run'}", "--set", f"data.cache_dir={tmp_path}"]
     run([*MODEL1, *arguments], timeout_s=280)
-    assert any((tmp_path / "run").iterdir())
+    result = tmp_path / "run" / "final"  # a checkpoint like the shipped one, says the README
+    options = ["--max-tokens", "4", "--temperature", "0"]
+    run([*MODEL1, "generate", "def f(x):", "--model", str(result), *options], timeout_s=60)
+    checked = [str(result), "--data", "tests/cli", "--seq-len", "64", "--max-bytes", "2000"]
+    run([*MODEL1, "eval", *checked, "--dense"], timeout_s=60)

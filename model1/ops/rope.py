@@ -30,7 +30,9 @@ def yarn_frequencies(
     """Slow pairs are interpolated by `factor`, fast ones kept, a linear ramp between.
 
     A pair turns r = original_length * f / (2 pi) times over the original context;
-    r >= beta_fast keeps f, r <= beta_slow gives f / factor. Source: arXiv 2309.00071, section 3.2.
+    r >= beta_fast keeps f, r <= beta_slow gives f / factor.
+    frequencies: [d_rope / 2] fp64 as of `rope_frequencies`, empty allowed; the result is like it.
+    beta_fast must exceed beta_slow. Source: arXiv 2309.00071, section 3.2.
     """
     rotations = original_length * frequencies / (2 * math.pi)
     keep = ((rotations - beta_slow) / (beta_fast - beta_slow)).clamp(0.0, 1.0)

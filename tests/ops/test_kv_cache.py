@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_golden import GOLDEN_TOKENS, GoldenToken
 from torch import Tensor
 
 from model1.ops.kv_cache import (
@@ -81,48 +82,13 @@ def _naive_token(block: bytes, offset: int, layout: KVLayout, block_size: int) -
     return values + _bf16_values(block[rope_start : rope_start + rope])
 
 
-def _store_one(layout: KVLayout, token: Tensor, slot: int, block_size: int) -> list[bytes]:
-    cache = allocate_kv_cache(2, block_size, layout, "cpu")
-    quantize_and_store(
-        token[None], cache, torch.tensor([slot]), layout=layout, block_size=block_size
-    )
-    return [bytes(block.tolist()) for block in cache]
-
-
-def _tiles(values: list[float], width: int) -> Tensor:
-    return torch.tensor(values).repeat_interleave(width)
-
-
-ABOVE = math.nextafter(3.5, 4.0) + 2.0**-22  # 3.5 plus one fp32 ulp
-ROPE = torch.tensor([1.0, -0.5, 3.140625, 0.0]).repeat(16)
-ROPE_BYTES = bytes.fromhex("803f00bf49400000") * 16
-
-
-def test_model1_golden_bytes() -> None:
-    token = torch.cat([_tiles([1.0, 0.0, 448.0, -2.0, 3.5, ABOVE, math.nan], 64), ROPE])
-    first, second = _store_one(MODEL1, token, slot=3, block_size=2)
-    codes = b"".join(bytes([c]) * 64 for c in (0x78, 0x00, 0x7E, 0xF8, 0x7E, 0x76, 0x7F))
-    scales = bytes([119, 114, 127, 120, 120, 121, 255, 0])
-    assert first == bytes(1728)
-    assert second == bytes(576) + codes + ROPE_BYTES + bytes(8) + scales + bytes(1728 - 1168)
-
-
-def test_v32_golden_bytes() -> None:
-    token = torch.cat([_tiles([1.0, 1e-5, ABOVE, math.inf], 128), ROPE])
-    first, second = _store_one(V32, token, slot=3, block_size=2)
-    codes = b"".join(bytes([c]) * 128 for c in (0x78, 0x1A, 0x76, 0x7F))
-    # 2^-8, 2^-13, 2^-6, NaN as little-endian fp32
-    scales = bytes.fromhex("0000803b 00000039 0000803c 0000c07f")
-    assert first == bytes(1312)
-    assert second == bytes(656) + codes + scales + ROPE_BYTES
-
-
-def test_plain_golden_bytes() -> None:
-    token = torch.tensor([1.0, -0.5, 3.140625])
-    _, bf16 = _store_one(KVLayout("bf16", 2, 1), token, slot=3, block_size=2)
-    _, fp32 = _store_one(KVLayout("fp32", 2, 1), token, slot=3, block_size=2)
-    assert bf16 == bytes(6) + bytes.fromhex("803f 00bf 4940")
-    assert fp32 == bytes(12) + bytes.fromhex("0000803f 000000bf 00004940")
+@pytest.mark.parametrize("golden", GOLDEN_TOKENS, ids=lambda golden: golden.layout.name)
+def test_golden_bytes(golden: GoldenToken) -> None:
+    cache = allocate_kv_cache(2, 2, golden.layout, "cpu")
+    slot = torch.tensor([3])
+    quantize_and_store(golden.token[None], cache, slot, layout=golden.layout, block_size=2)
+    assert bytes(cache[0].tolist()) == bytes(len(golden.block))
+    assert bytes(cache[1].tolist()) == golden.block
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,7 +19,10 @@ def lowrank_scores(
     scores[i, h, j] = scale * (q_nope . mean + (basis q_nope) . z[j] + q_rope . k_rope[j])
 
     q: [t, h, d_nope + d_rope]; z: [s, r]; k_rope: [s, d_rope]; basis: [r, d_nope] with orthonormal
-    rows; mean: [d_nope]. Exact when r = d_nope. Causality is the caller's business.
+    rows; mean: [d_nope]; all floating point, multiplied in q's dtype. Exact when r = d_nope. t = 0
+    and s = 0 give an empty result, NaN spoils the scores of its query or key. Causality is the
+    caller's business. Differentiable. Raises ValueError for widths that do not fit together.
+    The scan is ours; docs/architecture.md has its place.
     """
     d_nope = mean.shape[0]
     if basis.shape != (z.shape[-1], d_nope):

@@ -1,0 +1,142 @@
+"""The attention operators on this GPU, beside any module with the `flash_mla` interface.
+
+    python -m benchmarks.run [--operator sparse_decode] [--peer MODULE] [--record]
+
+First runs the operator's GPU tests and refuses to time anything while one fails. Then prints, for
+each case, microseconds (median, min-max), GB/s, TFLOPS, and percent of the two ceilings measured in
+the same process (device copy, bf16 matrix product). A peer is timed on the same inputs in the same
+process; ratio = peer's time / ours. `--record` appends the rows to benchmarks/results/<gpu>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, cases
+from model1.testing.timing import Ceilings, Timing, measure_ceilings, time_call
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {
+    "sparse_decode": ("tests/ops/test_sparse_decode*.py",),
+    "sparse_prefill": ("tests/ops/test_sparse_prefill*.py",),
+    "dense_decode": ("tests/ops/test_paged_decode*.py",),
+}
+# pytest's plugins may be missing on a GPU image, and its settings are then errors
+PYTEST = ("-q", "-m", "gpu", "-o", "addopts=--import-mode=importlib", "-W", "default")
+
+
+def run_tests(operator: str) -> None:
+    """Exit unless the operator's GPU tests pass."""
+    files = [str(path) for pattern in TESTS[operator] for path in sorted(ROOT.glob(pattern))]
+    done = subprocess.run([sys.executable, "-m", "pytest", *PYTEST, *files], cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"tests of {operator} fail: nothing was timed")
+
+
+def similarity_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """1 - 2 <a, b> / (<a, a> + <b, b>) in fp64."""
+    a, b = a.double().flatten(), b.double().flatten()
+    return float(1.0 - 2.0 * (a @ b) / (a @ a + b @ b))
+
+
+def measure(case: Case, peer: Any, ceilings: Ceilings, *, graph: bool) -> dict[str, Any]:
+    """One row: ours and, if given, the peer on the same inputs."""
+    ours = importlib.import_module("model1.flash_mla")
+    work = case.build(torch.device("cuda"))
+    call = work.bind(ours)
+    timing = time_call(call, graph=graph)
+    tflops = work.flop / timing.median_us / 1e6
+    gb_per_s = work.num_bytes / timing.median_us / 1e3
+    row: dict[str, Any] = {
+        "operator": case.operator, "case": case.name, "graph": graph, "us": asdict(timing),
+        "tflops": tflops, "percent_of_matmul": 100 * tflops / ceilings.bf16_tflops,
+        "gb_per_s": gb_per_s, "percent_of_copy": 100 * gb_per_s / ceilings.copy_gb_per_s,
+    }  # fmt: skip
+    if peer is not None:
+        peer_call = work.bind(peer)
+        peer_timing = time_call(peer_call, graph=graph)
+        row |= {
+            "peer": peer.__name__, "peer_us": asdict(peer_timing),
+            "ratio": peer_timing.median_us / timing.median_us,
+            "gap_to_peer": similarity_gap(call()[0], peer_call()[0]),
+        }  # fmt: skip
+    return row
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One line of the printed table."""
+    us = Timing(**row["us"])
+    line = (
+        f"{row['operator']:14} {row['case']:34} {us.median_us:9.1f} us "
+        f"({us.min_us:.1f}-{us.max_us:.1f}) {row['tflops']:6.0f} TFLOPS "
+        f"{row['percent_of_matmul']:3.0f}%"
+    )
+    line += f" {row['gb_per_s']:6.0f} GB/s {row['percent_of_copy']:3.0f}%"
+    if "ratio" in row:
+        line += f"  peer {row['peer_us']['median_us']:.1f} us, ratio {row['ratio']:.2f}"
+        line += f", gap {row['gap_to_peer']:.0e}"
+    return line
+
+
+def record(rows: list[dict[str, Any]], ceilings: Ceilings) -> Path:
+    """Append the rows with what they were measured on."""
+    gpu = torch.cuda.get_device_name()
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    about = {
+        "gpu": gpu, "torch": torch.__version__, "commit": found or None,
+        "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
+        **asdict(ceilings),
+    }  # fmt: skip
+    path = ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '_', gpu.lower())}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | about) + "\n" for row in rows)
+    return path
+
+
+def main() -> None:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--operator", action="append", choices=sorted(TESTS), help="repeatable")
+    parser.add_argument("--match", default="", help="only cases whose name holds this text")
+    parser.add_argument("--peer", help="module with the flash_mla interface")
+    parser.add_argument("--graph", action="store_true", help="time the replay of a CUDA graph")
+    parser.add_argument("--skip-tests", action="store_true", help="only without --record")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device, torch.cuda.is_available() is False")
+    if options.skip_tests and options.record:
+        parser.error("--record needs passing tests: drop --skip-tests")
+    operators = options.operator or sorted(TESTS)
+    if not options.skip_tests:
+        for operator in operators:
+            run_tests(operator)
+    peer = importlib.import_module(options.peer) if options.peer else None
+    ceilings = measure_ceilings(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}: copy {ceilings.copy_gb_per_s:.0f} GB/s, "
+          f"bf16 matmul {ceilings.bf16_tflops:.0f} TFLOPS")  # fmt: skip
+    rows = []
+    for case in cases():
+        if case.operator in operators and options.match in case.name:
+            rows.append(measure(case, peer, ceilings, graph=options.graph))
+            print(format_row(rows[-1]), flush=True)
+            torch.cuda.empty_cache()
+    if options.record:
+        print(f"recorded in {record(rows, ceilings)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The smallest backend for Model1: every operator in plain PyTorch, one of them its own.
+
+A port to another accelerator starts like this and replaces entry after entry with its kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model1.ops.kv_cache import KVLayout, gather_and_dequantize
+from model1.ops.kv_cache.ref import (
+    gather_and_dequantize_ref,
+    gather_rope_ref,
+    quantize_and_store_ref,
+)
+from model1.ops.kv_write.ref import norm_rope_store_ref
+from model1.ops.mha_prefill.ref import mha_prefill_backward_ref, mha_prefill_ref
+from model1.ops.paged_decode.ref import paged_decode_ref
+from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
+from model1.ops.sparse_prefill.ref import sparse_prefill_backward_ref, sparse_prefill_ref
+
+
+def sparse_decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    topk_indices: Tensor,
+    *,
+    topk_length: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_topk_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    layout: KVLayout,
+    block_size: int,
+    extra_block_size: int,
+    value_dim: int,
+    softmax_scale: float,
+    empty_lse: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """`model1.ops.sparse_decode` for the whole batch at once; its arguments are checked."""
+    scopes = [(kv_cache, topk_indices, topk_length, block_size)]
+    if extra_kv_cache is not None and extra_topk_indices is not None:
+        extra = (extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
+        scopes.append(extra)
+    keys, counts = [], []
+    for cache, slots, length, size in scopes:
+        if length is not None:
+            position = torch.arange(slots.shape[-1], device=slots.device)
+            slots = slots.masked_fill(position >= length[:, None, None], -1)
+        keys.append(
+            gather_and_dequantize(cache, slots, layout=layout, block_size=size, dtype=q.dtype)
+        )
+        counts.append(slots >= 0)
+    kv, is_valid = torch.cat(keys, 2).float(), torch.cat(counts, 2)
+    logits = torch.einsum("bshd,bskd->bshk", q.float(), kv) * softmax_scale
+    logits = logits.masked_fill(~is_valid[:, :, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    total = lse if attn_sink is None else torch.logaddexp(lse, attn_sink)
+    is_empty = lse == -torch.inf
+    weights = torch.exp(logits - total.masked_fill(total == -torch.inf, 0.0)[..., None])
+    out = torch.einsum("bshk,bskd->bshd", weights, kv[..., :value_dim])
+    return out.to(q.dtype), lse.masked_fill(is_empty, empty_lse)
+
+
+# Values of `torch.device.type` that the backend takes over without being named. An Ascend port
+# would say {"npu"}; this example runs only where it is asked for.
+device_types: frozenset[str] = frozenset()
+
+operators = {
+    "gather_and_dequantize": gather_and_dequantize_ref,
+    "gather_rope": gather_rope_ref,
+    "inverse_rope_gate": inverse_rope_gate_ref,
+    "inverse_rope_gate_backward": inverse_rope_gate_backward_ref,
+    "mha_prefill": mha_prefill_ref,
+    "mha_prefill_backward": mha_prefill_backward_ref,
+    "norm_rope_store": norm_rope_store_ref,
+    "paged_decode": paged_decode_ref,
+    "quantize_and_store": quantize_and_store_ref,
+    "sparse_decode": sparse_decode,
+    "sparse_prefill": sparse_prefill_ref,
+    "sparse_prefill_backward": sparse_prefill_backward_ref,
+}

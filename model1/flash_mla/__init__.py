@@ -1,0 +1,27 @@
+"""The public FlashMLA calls on Model1's operators: `import model1.flash_mla as flash_mla`.
+
+Signatures, defaults, results and error classes are those of FlashMLA
+(<https://github.com/deepseek-ai/FlashMLA>): `AssertionError` for what it asserts, `RuntimeError`
+for tensors that it refuses. Beyond it: any number of heads, page size and top-k, other splits of
+the latent, FP8 caches in dense and bf16 caches in sparse decode, any device. Nothing is computed
+ahead of a call, so lengths may change between calls with one holder, also in a CUDA graph.
+"""
+
+from model1.flash_mla.decode import flash_mla_with_kvcache
+from model1.flash_mla.metadata import FlashMLASchedMeta, get_mla_metadata
+from model1.flash_mla.prefill import flash_mla_sparse_fwd
+from model1.flash_mla.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+]

@@ -1,0 +1,33 @@
+"""Plain PyTorch write path: norm, rotation and store as three separate steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model1.ops.kv_cache.layout import KVLayout
+from model1.ops.kv_cache.ref import quantize_and_store_ref
+from model1.ops.norm import rms_norm
+from model1.ops.rope import Rotation, apply_rope
+
+
+def norm_rope_store_ref(
+    kv: Tensor,
+    norm_weight: Tensor | None,
+    rotation: Rotation,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    layout: KVLayout,
+    block_size: int,
+    eps: float,
+    norm_width: int,
+    return_latent: bool,
+) -> Tensor:
+    """See `model1.ops.kv_write.norm_rope_store`."""
+    normed = rms_norm(kv[:, :norm_width], norm_weight, eps)
+    latent = torch.cat([normed, kv[:, norm_width:]], dim=-1)
+    nope, rope = latent.split([layout.d_nope, layout.d_rope], dim=-1)
+    latent = torch.cat([nope, apply_rope(rope, rotation)], dim=-1)
+    quantize_and_store_ref(latent, kv_cache, slot_mapping, layout=layout, block_size=block_size)
+    return latent if return_latent else latent.new_empty(0, layout.d)

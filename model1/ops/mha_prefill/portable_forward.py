@@ -1,0 +1,185 @@
+"""Forward kernel of MHA prefill, Triton, and the device functions that it shares with the backward.
+
+A program owns one tile of queries of one head. Channels are cut into pieces that are powers of
+two and add up exactly: 192 channels are 128 + 64, not 256.
+"""
+
+# Only constexpr parameters of a kernel carry types, and tl.static_range exists only when compiled.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Below every logit in use, yet finite: a row that has seen no key must not compute inf - inf.
+LOWEST_LOGIT = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(ptr, offs_row, is_row, PIECES, IS_MASKED: tl.constexpr):
+    """The rows as one [n, width] tensor per piece; absent rows and channels are zero."""
+    x = ()
+    for i in tl.static_range(len(PIECES)):
+        offs_c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        at = ptr + offs_row[:, None] + offs_c[None, :]
+        if PIECES[i][0] + PIECES[i][1] > PIECES[i][2]:
+            mask = is_row[:, None] & (offs_c < PIECES[i][2])[None, :]
+            x += (tl.load(at, mask=mask, other=0.0),)
+        elif IS_MASKED:
+            x += (tl.load(at, mask=is_row[:, None], other=0.0),)
+        else:
+            x += (tl.load(at),)
+    return x
+
+
+@triton.jit
+def store_rows(ptr, offs_row, is_row, x, PIECES):
+    """What `load_rows` reads."""
+    for i in tl.static_range(len(PIECES)):
+        offs_c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        mask = is_row[:, None] & (offs_c < PIECES[i][2])[None, :]
+        value = x[i].to(ptr.dtype.element_ty)
+        tl.store(ptr + offs_row[:, None] + offs_c[None, :], value, mask=mask)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, PIECES):
+    """fp32 zeros in the form of `load_rows`."""
+    x = ()
+    for i in tl.static_range(len(PIECES)):
+        x += (_zeros(ROWS, PIECES[i][1]),)
+    return x
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def dot_rows(a, b):
+    """a [m, d] times b [n, d] transposed: fp32 [m, n]."""
+    product = _zeros(a[0].shape[0], b[0].shape[0])
+    for i in tl.static_range(len(a)):
+        product = tl.dot(a[i], tl.trans(b[i]), acc=product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_weighted(x, weights, rows):
+    """x [m, d] + weights [m, n] times rows [n, d]."""
+    total = ()
+    for i in tl.static_range(len(x)):
+        total += (tl.dot(weights, rows[i], acc=x[i], input_precision="ieee"),)
+    return total
+
+
+@triton.jit
+def scaled(x, factor):
+    """x [m, d] times factor, [m, 1] or one number."""
+    result = ()
+    for i in tl.static_range(len(x)):
+        result += (x[i] * factor,)
+    return result
+
+
+@triton.jit
+def _attend(
+    q, out, largest, total, k_ptr, v_ptr, stride_kt, stride_vt, first, last, num_keys, s,
+    logit_scale, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys first..last, whole tiles: the running output, maximum and sum after them."""
+    offs_n = tl.arange(0, BLOCK_N)
+    for start in range(first, last, BLOCK_N):
+        key = start + offs_n
+        is_key = key < s
+        k = load_rows(k_ptr, key.to(tl.int64) * stride_kt, is_key, K_PIECES, IS_MASKED)
+        v = load_rows(v_ptr, key.to(tl.int64) * stride_vt, is_key, V_PIECES, IS_MASKED)
+        logits = dot_rows(q, k) * logit_scale
+        if IS_MASKED:
+            logits = tl.where(key[None, :] < num_keys[:, None], logits, float("-inf"))
+        previous = largest
+        largest = tl.maximum(previous, tl.max(logits, 1))
+        weights = tl.exp2(logits - largest[:, None])
+        decay = tl.exp2(previous - largest)
+        total = total * decay + tl.sum(weights, 1)
+        out = add_weighted(scaled(out, decay[:, None]), weights.to(q[0].dtype), v)
+    return out, largest, total
+
+
+@triton.jit(do_not_specialize=["t", "num_tiles"])
+def _mha_prefill_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    out_ptr,  # [t, H, dv]
+    lse_ptr,  # [H, t]
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    t,
+    num_tiles,
+    softmax_scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    K_PIECES: tl.constexpr,
+    V_PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of queries of one head and request."""
+    pid = tl.program_id(0)
+    # a request's last queries see the most keys under a causal mask: they start first
+    tile = num_tiles - 1 - pid % num_tiles
+    head = pid // num_tiles % H
+    request = pid // num_tiles // H
+    q_start = tl.load(cu_seqlens_q_ptr + request).to(tl.int64)
+    n = (tl.load(cu_seqlens_q_ptr + request + 1) - q_start).to(tl.int32)
+    if tile * BLOCK_M >= n:
+        return
+    k_start = tl.load(cu_seqlens_k_ptr + request).to(tl.int64)
+    s = (tl.load(cu_seqlens_k_ptr + request + 1) - k_start).to(tl.int32)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_query = query < n
+    num_keys = s - (n - 1 - query) if CAUSAL else tl.zeros_like(query) + s
+    num_keys = tl.where(is_query, num_keys, 0)
+    end = tl.max(num_keys, 0)
+    # keys that every row sees need no mask
+    full = s - (n - 1 - tile * BLOCK_M) if CAUSAL else s
+    full = tl.maximum(full, 0) // BLOCK_N * BLOCK_N
+
+    q_ptr += q_start * stride_qt + head.to(tl.int64) * stride_qh
+    k_ptr += k_start * stride_kt + (head // GROUP).to(tl.int64) * stride_kh
+    v_ptr += k_start * stride_vt + (head // GROUP).to(tl.int64) * stride_vh
+    q = load_rows(q_ptr, query.to(tl.int64) * stride_qt, is_query, K_PIECES, True)
+    out = zero_rows(BLOCK_M, V_PIECES)
+    largest = tl.full([BLOCK_M], LOWEST_LOGIT, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    logit_scale = softmax_scale * LOG2_E
+    out, largest, total = _attend(
+        q, out, largest, total, k_ptr, v_ptr, stride_kt, stride_vt, 0, full, num_keys, s,
+        logit_scale, K_PIECES, V_PIECES, BLOCK_N, False,
+    )  # fmt: skip
+    out, largest, total = _attend(
+        q, out, largest, total, k_ptr, v_ptr, stride_kt, stride_vt, full, end, num_keys, s,
+        logit_scale, K_PIECES, V_PIECES, BLOCK_N, True,
+    )  # fmt: skip
+
+    is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
+    lse = tl.where(is_empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
+    row = (q_start + query) * H + head
+    tl.store(lse_ptr + head.to(tl.int64) * t + q_start + query, lse, mask=is_query)
+    store_rows(out_ptr, row * DV, is_query, scaled(out, 1.0 / total[:, None]), V_PIECES)

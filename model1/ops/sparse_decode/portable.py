@@ -1,0 +1,294 @@
+"""Sparse decode in Triton, for any GPU: sizes, launches and the list of kernels.
+
+One launch, or two where rows are split. The host decides from shapes alone and never waits, so a
+CUDA graph of the launches may be replayed with other slots and lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from model1.errors import BackendUnavailable
+from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.ops.kv_cache import KVLayout
+from model1.ops.sparse_decode.portable_kernel import (
+    _flash_fwd_mla_combine_kernel,
+    _flash_fwd_splitkv_mla_fp8_sparse_kernel,
+)
+from model1.ops.sparse_decode.portable_row import UNIT_BYTES, RowFormat
+
+_CHANNEL_STEP = 16  # the shortest inner axis of a matrix product
+_MAX_CHANNELS = 576  # more would not fit the shared memory of the smaller GPUs
+# A split's length that depends on no batch, long enough that most rows are not split.
+_DETERMINISTIC_KEYS = 1024
+# The costs, in tiles, of starting and finishing a program and of the second launch. Guesses.
+_PROGRAM_COST = 1.0
+_COMBINE_COST = 1.0
+_PARTIALS_PER_TILE = 64  # partial results that all SMs together write and read in a tile's time
+_COMBINE_WARPS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How the work is cut."""
+
+    block_h: int  # heads of a program
+    block_n: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 1  # that run at the same time
+    split_tiles: int | None = None  # tiles of a split; None: from the shapes
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """A cache, the slots that are attended in it and how many of them count."""
+
+    kv_cache: Tensor | None
+    slots: Tensor | None
+    length: Tensor | None
+    block_size: int
+
+    @property
+    def topk(self) -> int:
+        return 0 if self.slots is None else self.slots.shape[-1]
+
+    @property
+    def slot_strides(self) -> tuple[int, int]:
+        return (0, 0) if self.slots is None else (self.slots.stride(0), self.slots.stride(1))
+
+    @property
+    def addressing(self) -> tuple[int, int, int, int]:
+        """Units from block to block, tokens of a block, and how to divide by them."""
+        units = 0 if self.kv_cache is None else self.kv_cache.stride(0) // UNIT_BYTES
+        return units, self.block_size, *fast_divisor(self.block_size)
+
+
+def _ceil_div(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLayout) -> Config:
+    """The sizes for a GPU and a number of heads. Not yet measured.
+
+    With three stages the rows of one tile are copied while the tile before is worked on. Rows
+    that need no conversion are copied to where a wgmma reads them, which takes two.
+    """
+    stored = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(layout.name, dtype)
+    if dtype == torch.float32 or stored != dtype:  # right, not fast: no model runs so
+        return Config(block_h=16, block_n=16, num_warps=4, num_stages=1)
+    if target.kind == "hip":
+        return Config(block_h=16, block_n=16, num_warps=4, num_stages=1, programs_per_sm=2)
+    if target.arch == 90 and h > 32:
+        return Config(block_h=64, block_n=64, num_warps=8, num_stages=3 if layout.is_fp8 else 2)
+    if target.arch not in (80, 90, 100):  # 99 KB of shared memory
+        if h > 16:
+            return Config(block_h=32, block_n=16, num_warps=8, num_stages=3)
+        return Config(block_h=16, block_n=16, num_warps=4, num_stages=3)
+    # On sm_100 a tile of 64 heads would ask for more tensor memory than there is.
+    if h > 16:
+        return Config(block_h=32, block_n=32, num_warps=8, num_stages=3)
+    if target.arch == 80:
+        return Config(block_h=16, block_n=32, num_warps=4, num_stages=3)
+    # Two programs an SM; V3.2's rows are too wide for that in three stages.
+    stages = 2 if layout.name == "v32_fp8" else 3
+    return Config(block_h=16, block_n=32, num_warps=4, num_stages=stages, programs_per_sm=2)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_split_tiles(num_programs: int, num_tiles: int, num_parallel: int) -> int:
+    """Tiles of a split with which num_programs rows of num_tiles tiles are done first.
+
+    num_parallel: programs that run at a time. The fewest splits of those that are as good.
+    """
+
+    def cost(split_tiles: int) -> float:
+        splits = _ceil_div(num_tiles, split_tiles)
+        rounds = _ceil_div(num_programs * splits, num_parallel)
+        merge = _COMBINE_COST + num_programs * splits / _PARTIALS_PER_TILE if splits > 1 else 0.0
+        return rounds * (split_tiles + _PROGRAM_COST) + merge
+
+    return min(range(max(num_tiles, 1), 0, -1), key=cost)
+
+
+def fast_divisor(divisor: int) -> tuple[int, int]:
+    """(m, shift) with x // divisor = (2 x m >> 32) >> shift for every x of 31 bits."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor), shift
+
+
+def sparse_decode_triton(
+    q: Tensor,
+    kv_cache: Tensor,
+    topk_indices: Tensor,
+    *,
+    topk_length: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_topk_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    layout: KVLayout,
+    block_size: int,
+    extra_block_size: int,
+    value_dim: int,
+    softmax_scale: float,
+    empty_lse: float,
+    deterministic: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `model1.ops.sparse_decode.sparse_decode`. fp32 queries multiply in IEEE fp32, slowly.
+
+    Where rows are split it takes scratch memory of 4 * (value_dim + 1) bytes per split, query and
+    head. Raises BackendUnavailable for rows of more than 576 channels and for widths that are not
+    multiples of 16.
+    """
+    _check_widths(layout)
+    b, s_q, h, _ = q.shape
+    out = torch.empty(b, s_q, h, value_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, s_q, h, dtype=torch.float32, device=q.device)
+    if b > 0:
+        main = _Scope(kv_cache, topk_indices, topk_length, block_size)
+        extra = _Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
+        target = _target(q.device)
+        config = config or choose_config(target, h, q.dtype, layout)
+        scale_log2 = softmax_scale * math.log2(math.e)
+        _launch(
+            q, main, extra, attn_sink, out, lse, scale_log2, empty_lse,
+            _constants(layout, value_dim, config, target), config, deterministic,
+        )  # fmt: skip
+    return out, lse
+
+
+def _check_widths(layout: KVLayout) -> None:
+    if layout.d_nope % _CHANNEL_STEP or layout.d_rope % _CHANNEL_STEP:
+        raise BackendUnavailable(
+            f"sparse_decode/triton needs d_nope and d_rope that are multiples of {_CHANNEL_STEP}, "
+            f"got {layout.d_nope} and {layout.d_rope}"
+        )
+    if layout.d > _MAX_CHANNELS:
+        raise BackendUnavailable(
+            f"sparse_decode/triton takes at most {_MAX_CHANNELS} channels, got {layout.d}"
+        )
+
+
+def _launch(
+    q: Tensor, main: _Scope, extra: _Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
+    scale_log2: float, empty_lse: float, constants: dict[str, Any], config: Config,
+    deterministic: bool,
+) -> None:  # fmt: skip
+    b, s_q, h, value_dim = out.shape
+    num_tiles = _ceil_div(main.topk, config.block_n) + _ceil_div(extra.topk, config.block_n)
+    num_programs = b * s_q * _ceil_div(h, config.block_h)
+    split_tiles = config.split_tiles
+    if deterministic:
+        split_tiles = _DETERMINISTIC_KEYS // config.block_n
+    elif split_tiles is None:
+        num_parallel = config.programs_per_sm * _num_sms(q.device)
+        split_tiles = choose_split_tiles(num_programs, num_tiles, num_parallel)
+    num_splits = max(1, _ceil_div(num_tiles, split_tiles))
+    partial, partial_lse = out, lse
+    if num_splits > 1:
+        sizes = (num_splits, b, s_q, h)
+        partial = torch.empty(*sizes, value_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(sizes, dtype=torch.float32, device=q.device)
+    counts = (b * s_q, s_q, h, main.topk, extra.topk, split_tiles)
+    with torch.cuda.device_of(q):
+        _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * num_splits,)](
+            q, out, lse, partial, partial_lse, attn_sink,
+            main.kv_cache, main.slots, main.length, extra.kv_cache, extra.slots, extra.length,
+            *counts, scale_log2, empty_lse, q.stride(0), q.stride(1), q.stride(2),
+            *main.slot_strides, *extra.slot_strides, *main.addressing, *extra.addressing,
+            **constants, **_launch_options(config.num_warps, config.num_stages),
+        )  # fmt: skip
+        if num_splits > 1:
+            _flash_fwd_mla_combine_kernel[(b * s_q * h,)](
+                out, lse, partial, partial_lse, attn_sink, main.length, extra.length,
+                *counts, empty_lse, **_combine_constants(value_dim, config.block_n),
+                **_launch_options(_COMBINE_WARPS, 1),
+            )  # fmt: skip
+
+
+def _launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    return {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def _constants(
+    layout: KVLayout, value_dim: int, config: Config, target: KernelTarget
+) -> dict[str, Any]:
+    return {
+        "ROW": RowFormat.of(layout),
+        "VALUE_DIM": value_dim,
+        "BLOCK_H": config.block_h,
+        "BLOCK_N": config.block_n,
+        "NATIVE_FP8": target.kind == "cuda" and int(target.arch) >= 89,
+    }
+
+
+def _combine_constants(value_dim: int, block_n: int) -> dict[str, Any]:
+    block_c = triton.next_power_of_2(value_dim)
+    return {"VALUE_DIM": value_dim, "BLOCK_C": block_c, "BLOCK_N": block_n}
+
+
+@functools.cache
+def _target(device: torch.device) -> KernelTarget:
+    if device.type == "cpu":  # Triton's interpreter
+        return KernelTarget("cuda", 80)
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return KernelTarget("hip", name.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return KernelTarget("cuda", 10 * major + minor)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_TYPES = {
+    "q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "partial_ptr": "*fp32",
+    "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "kv_ptr": "*u8", "slots_ptr": "*i32",
+    "length_ptr": "*i32", "extra_kv_ptr": "*u8", "extra_slots_ptr": "*i32",
+    "extra_length_ptr": "*i32", "scale_log2": "fp32", "empty_lse": "fp32",
+    "divisor": "i64", "extra_divisor": "i64",
+}  # fmt: skip
+_OPTIONAL = ("sink_ptr", "length_ptr", "extra_kv_ptr", "extra_slots_ptr", "extra_length_ptr")
+
+
+def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
+    """MODEL1 with a second cache, lengths and a sink, V3.2 without; 16, 32 and 128 heads."""
+    cases = []
+    for layout in (KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64)):
+        has_all = layout.name == "model1_fp8"
+        for h in (16, 32, 128):
+            config = choose_config(target, h, torch.bfloat16, layout)
+            # contiguous queries: the launcher sees that their strides are multiples of 16
+            strides = {"stride_q_b": h * layout.d, "stride_q_s": h * layout.d}
+            constants = strides | {"stride_q_h": layout.d}
+            constants |= _constants(layout, 512, config, target)
+            kernel = _flash_fwd_splitkv_mla_fp8_sparse_kernel
+            options = _launch_options(config.num_warps, config.num_stages)
+            cases.append(_case(f"{layout.name} h{h}", kernel, constants, options, has_all))
+        kernel, options = _flash_fwd_mla_combine_kernel, _launch_options(_COMBINE_WARPS, 1)
+        combine = _combine_constants(512, config.block_n)
+        cases.append(_case(f"{layout.name} combine", kernel, combine, options, has_all))
+    return cases
+
+
+def _case(
+    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, int], has_all: bool
+) -> CompileCase:
+    if not has_all:
+        constants = constants | {n: None for n in kernel.arg_names if n in _OPTIONAL}
+    types = dict.fromkeys(kernel.arg_names, "i32") | _TYPES
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    return CompileCase(name, kernel, signature, constants, **options)

@@ -1,0 +1,234 @@
+# pyright: reportMissingParameterType=none
+# Run-time parameters of a Triton kernel have no Python type.
+"""The two kernels of sparse decode in Triton: attention over a split of the keys, and the merge.
+
+Their names are what profilers and FlashMLA's own tests look for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from model1.ops.sparse_decode.portable_row import (
+    load_piece,
+    num_pieces,
+    piece_channels,
+    piece_start,
+    piece_width,
+    row_addresses,
+)
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+# The running maximum begins here: -inf would give inf - inf. No finite score is this small.
+_LOWEST = tl.constexpr(-1.0e30)
+# Splits of one step of the merge.
+_STEP = tl.constexpr(8)
+
+
+@triton.jit
+def _num_keys(request, length_ptr, topk):
+    """How many entries of the list count."""
+    if length_ptr is not None:
+        topk = tl.minimum(tl.maximum(tl.load(length_ptr + request), 0), topk)
+    return topk
+
+
+@triton.jit
+def _load_slots(
+    tile, main_tiles, slots_ptr, num_keys, extra_slots_ptr, extra_num_keys, BLOCK_N: tl.constexpr
+):
+    """The slots of a tile; -1 behind the end of its list."""
+    if extra_slots_ptr is not None:
+        is_extra = tile >= main_tiles
+        tile = tl.where(is_extra, tile - main_tiles, tile)
+        slots_ptr = tl.where(is_extra, extra_slots_ptr, slots_ptr)
+        num_keys = tl.where(is_extra, extra_num_keys, num_keys)
+    position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.load(slots_ptr + position, mask=position < num_keys, other=-1)
+
+
+@triton.jit
+def _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head):
+    """What the sum of p v is multiplied with, and the lse, base 2; the sink joins only the first.
+
+    row_sum is the sum of 2^(exponent - row_max). Without a key: 0 and -inf.
+    """
+    is_empty = row_sum == 0.0
+    lse = tl.where(is_empty, float("-inf"), row_max + tl.log2(tl.where(is_empty, 1.0, row_sum)))
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + head, mask=is_head, other=0.0)
+        row_sum += tl.exp2(sink * _LOG2_E - tl.where(is_empty, 0.0, row_max))
+    return tl.where(is_empty, 0.0, 1.0 / tl.where(is_empty, 1.0, row_sum)), lse
+
+
+@triton.jit
+def _store_lse(lse_ptr, lse, is_head, empty_lse):
+    """A base-2 lse as a natural one."""
+    lse = tl.where(lse == float("-inf"), empty_lse, lse * _LN_2)
+    tl.store(lse_ptr, lse, mask=is_head)
+
+
+@triton.jit
+def _store_pieces(out_ptr, acc, weight, head, is_head, ROW: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """acc * weight to out [h, VALUE_DIM]."""
+    for piece in tl.static_range(num_pieces(ROW, VALUE_DIM)):  # pyright: ignore
+        channel = piece_channels(ROW, piece)
+        at = (head * VALUE_DIM)[:, None] + channel[None, :]
+        mask = is_head[:, None] & (channel < VALUE_DIM)[None, :]
+        out = (acc[piece] * weight[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, out, mask=mask)
+
+
+# Nothing is gained from specialising these, and each distinct 1 or multiple of 16 would compile.
+_SIZES = [
+    "num_rows", "s_q", "h", "topk", "extra_topk", "split_tiles",
+    "stride_slots_b", "stride_slots_s", "stride_extra_b", "stride_extra_s",
+    "block_units", "block_size", "divisor", "shift",
+    "extra_units", "extra_size", "extra_divisor", "extra_shift",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
+    q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr,
+    kv_ptr, slots_ptr, length_ptr, extra_kv_ptr, extra_slots_ptr, extra_length_ptr,
+    num_rows, s_q, h, topk, extra_topk, split_tiles, scale_log2, empty_lse,
+    stride_q_b, stride_q_s, stride_q_h,
+    stride_slots_b, stride_slots_s, stride_extra_b, stride_extra_s,
+    block_units, block_size, divisor, shift,
+    extra_units, extra_size, extra_divisor, extra_shift,
+    ROW: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H heads of one query over `split_tiles` tiles of BLOCK_N keys of its two lists.
+
+    A row that fits one split is finished here; others leave partial results [split, row, h]: the
+    attention over the split's keys and its lse, base 2.
+    """
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    # Head tiles of a query are neighbours, so that the second finds the keys in the L2 cache.
+    # Splits come last: those that turn out empty run when the others are under way.
+    head_tiles = tl.cdiv(h, BLOCK_H)
+    program = tl.program_id(0)
+    row = program // head_tiles % num_rows
+    split = program // head_tiles // num_rows
+    request, query = (row // s_q).to(tl.int64), (row % s_q).to(tl.int64)
+    num_keys = _num_keys(request, length_ptr, topk)
+    main_tiles = tl.cdiv(num_keys, BLOCK_N)
+    num_tiles = main_tiles
+    extra_num_keys = 0
+    if extra_kv_ptr is not None:
+        extra_num_keys = _num_keys(request, extra_length_ptr, extra_topk)
+        num_tiles += tl.cdiv(extra_num_keys, BLOCK_N)
+        extra_slots_ptr += request * stride_extra_b + query * stride_extra_s
+    first_tile = split * split_tiles
+    if (split > 0) & (first_tile >= num_tiles):
+        return
+    last_tile = tl.minimum(first_tile + split_tiles, num_tiles)
+
+    head = program % head_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = head < h
+    q_ptr += request * stride_q_b + query * stride_q_s
+    q, acc = (), ()
+    for piece in tl.static_range(num_pieces(ROW)):
+        at = (head.to(tl.int64) * stride_q_h)[:, None] + piece_channels(ROW, piece)[None, :]
+        q += (tl.load(q_ptr + at, mask=is_head[:, None], other=0.0),)
+        if piece_start(ROW, piece) < VALUE_DIM:
+            acc += (tl.zeros([BLOCK_H, piece_width(ROW, piece)], tl.float32),)
+    row_max = tl.full([BLOCK_H], _LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+
+    slots_ptr += request * stride_slots_b + query * stride_slots_s
+    slot = _load_slots(
+        first_tile, main_tiles, slots_ptr, num_keys, extra_slots_ptr, extra_num_keys, BLOCK_N
+    )
+    for tile in range(first_tile, last_tile):
+        tile_ptr, tile_units, tile_size = kv_ptr, block_units, block_size
+        tile_divisor, tile_shift = divisor, shift
+        if extra_kv_ptr is not None:
+            is_extra = tile >= main_tiles
+            tile_ptr = tl.where(is_extra, extra_kv_ptr, kv_ptr)
+            tile_units = tl.where(is_extra, extra_units, block_units)
+            tile_size = tl.where(is_extra, extra_size, block_size)
+            tile_divisor = tl.where(is_extra, extra_divisor, divisor)
+            tile_shift = tl.where(is_extra, extra_shift, shift)
+        is_valid = slot >= 0
+        address, scale_word = row_addresses(
+            slot, tile_units, tile_size, tile_divisor, tile_shift, ROW
+        )
+        # A tile ahead: the copies of the next tile's rows, which the compiler starts while this
+        # tile is worked on, need the slots.
+        slot = _load_slots(
+            tile + 1, main_tiles, slots_ptr, num_keys, extra_slots_ptr, extra_num_keys, BLOCK_N
+        )
+        # Keys are values: each piece is dequantised once, for both products.
+        kv = ()
+        for piece in tl.static_range(num_pieces(ROW)):
+            k = load_piece(tile_ptr, address, scale_word, is_valid, ROW, piece, NATIVE_FP8, DTYPE)
+            kv += (k,)
+        score = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+        for piece in tl.static_range(num_pieces(ROW)):
+            score = tl.dot(q[piece], tl.trans(kv[piece]), score, input_precision="ieee")
+        score = tl.where(is_valid[None, :], score * scale_log2, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(score, 1))
+        p = tl.exp2(score - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        row_max = new_max
+        p = p.to(DTYPE)
+        new_acc = ()
+        for piece in tl.static_range(num_pieces(ROW, VALUE_DIM)):
+            old = acc[piece] * rescale[:, None]
+            new_acc += (tl.dot(p, kv[piece], old, input_precision="ieee"),)
+        acc = new_acc
+
+    row_head = row.to(tl.int64) * h
+    if num_tiles <= split_tiles:
+        weight, lse = _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head)
+        _store_lse(lse_ptr + row_head + head, lse, is_head, empty_lse)
+        _store_pieces(out_ptr + row_head * VALUE_DIM, acc, weight, head, is_head, ROW, VALUE_DIM)
+    else:
+        weight, lse = _weight_and_lse(row_max, row_sum, None, head, is_head)
+        row_head += split.to(tl.int64) * num_rows * h
+        tl.store(partial_lse_ptr + row_head + head, lse, mask=is_head)
+        partial_ptr += row_head * VALUE_DIM
+        _store_pieces(partial_ptr, acc, weight, head, is_head, ROW, VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["num_rows", "s_q", "h", "topk", "extra_topk", "split_tiles"])
+def _flash_fwd_mla_combine_kernel(
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr, length_ptr, extra_length_ptr,
+    num_rows, s_q, h, topk, extra_topk, split_tiles, empty_lse,
+    VALUE_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One head of one query: the partial results of its splits, each weighted with 2^lse."""
+    row_head = tl.program_id(0).to(tl.int64)
+    request, head = row_head // h // s_q, row_head % h
+    num_tiles = tl.cdiv(_num_keys(request, length_ptr, topk), BLOCK_N)
+    num_tiles += tl.cdiv(_num_keys(request, extra_length_ptr, extra_topk), BLOCK_N)
+    num_splits = tl.cdiv(num_tiles, split_tiles)
+    if num_splits <= 1:
+        return  # the split kernel has written the result
+    channel = tl.arange(0, BLOCK_C)
+    row_max, row_sum = _LOWEST, 0.0
+    acc = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, num_splits, _STEP):
+        split = first + tl.arange(0, _STEP)
+        at = split.to(tl.int64) * num_rows * h + row_head
+        lse = tl.load(partial_lse_ptr + at, mask=split < num_splits, other=float("-inf"))
+        mask = (split < num_splits)[:, None] & (channel < VALUE_DIM)[None, :]
+        partial = tl.load(
+            partial_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], mask=mask, other=0.0
+        )
+        new_max = tl.maximum(row_max, tl.max(lse, 0))
+        weight = tl.exp2(lse - new_max)
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weight, 0)
+        acc = acc * rescale + tl.sum(partial * weight[:, None], 0)
+        row_max = new_max
+    weight, lse = _weight_and_lse(row_max, row_sum, sink_ptr, head, head < h)
+    _store_lse(lse_ptr + row_head, lse, head < h, empty_lse)
+    out = (acc * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row_head * VALUE_DIM + channel, out, mask=channel < VALUE_DIM)

@@ -1,0 +1,72 @@
+"""How the Triton kernels cut their work, by GPU and problem: the only place with such numbers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from model1.ops.compile_cases import KernelTarget
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Launch parameters of one kernel.
+
+    block_h heads and block_n keys per step, channels held in pieces of `piece`. split_scores: the
+    two warp groups of a Hopper program share the score product (see `portable`).
+    """
+
+    block_h: int
+    block_n: int
+    piece: int
+    num_warps: int
+    num_stages: int
+    split_scores: bool = False
+
+
+@functools.cache
+def target_of(device: torch.device) -> KernelTarget:
+    """The GPU a tensor lives on; the interpreter, on the CPU, runs what sm_80 would."""
+    if device.type == "cpu":
+        return KernelTarget("cuda", 80)
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return KernelTarget("hip", name.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return KernelTarget("cuda", 10 * major + minor)
+
+
+# None of these has been measured yet; all are compiled without register spills.
+def forward_config(target: KernelTarget, num_heads: int, d: int, item_bytes: int) -> Config:
+    """For `_sparse_attn_fwd_kernel`."""
+    if item_bytes > 2:
+        warps = 4 if target.kind == "hip" else 8
+        return Config(block_h=16, block_n=16, piece=64, num_warps=warps, num_stages=1)
+    if target.kind == "hip":
+        return Config(block_h=16, block_n=32, piece=128, num_warps=4, num_stages=1)
+    if d > 576:  # beyond the models' rows: small tiles, which fit into shared memory
+        return Config(block_h=16, block_n=16, piece=128, num_warps=8, num_stages=2)
+    if num_heads <= 16:
+        return Config(block_h=16, block_n=64, piece=128, num_warps=4, num_stages=2)
+    if target.arch == 90:
+        return Config(
+            block_h=64, block_n=64, piece=512, num_warps=8, num_stages=2, split_scores=True
+        )
+    return Config(block_h=32, block_n=32, piece=128, num_warps=8, num_stages=2)
+
+
+def backward_config(
+    target: KernelTarget, num_heads: int, d: int, item_bytes: int, deterministic: bool
+) -> Config:
+    """For `_sparse_attn_bwd_kernel`."""
+    if item_bytes > 2:
+        return Config(block_h=16, block_n=16, piece=64, num_warps=8, num_stages=1)
+    if target.kind == "hip":
+        return Config(block_h=16, block_n=16, piece=128, num_warps=4, num_stages=1)
+    if target.arch in (80, 90) and num_heads > 16 and d <= 576:
+        block_n = 16 if deterministic else 32
+        return Config(block_h=32, block_n=block_n, piece=128, num_warps=8, num_stages=2)
+    num_warps = 8 if target.arch == 80 else 4
+    return Config(block_h=16, block_n=16, piece=128, num_warps=num_warps, num_stages=2)

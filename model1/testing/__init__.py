@@ -1,0 +1,1 @@
+"""Helpers of tests and benchmarks: comparison, timing, compilation. The library imports none."""

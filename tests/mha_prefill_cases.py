@@ -1,0 +1,194 @@
+"""Inputs of MHA prefill, and its formula and gradients in fp64: for interpreter and GPU tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model1.testing.compare import EPS, assert_close_rows, row_errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a kernel is compiled for."""
+
+    h: int
+    hkv: int
+    d: int
+    dv: int
+    dtype: torch.dtype = torch.float32
+    causal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call, a gradient of its output, and the lengths of the requests."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d_out: Tensor
+    q_lengths: list[int]
+    k_lengths: list[int]
+    softmax_scale: float
+    causal: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `mha_prefill`; q, k and v as leaves."""
+        device = self.q.device
+        sums = [
+            torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+            for lengths in (self.q_lengths, self.k_lengths)
+        ]
+        return {
+            "q": self.q.detach().requires_grad_(),
+            "k": self.k.detach().requires_grad_(),
+            "v": self.v.detach().requires_grad_(),
+            "cu_seqlens_q": sums[0],
+            "cu_seqlens_k": sums[1],
+            "max_seqlen_q": max([0, *self.q_lengths]),
+            "max_seqlen_k": max([0, *self.k_lengths]),
+            "softmax_scale": self.softmax_scale,
+            "causal": self.causal,
+        }
+
+
+def random_case(
+    shape: Shape, q_lengths: list[int], k_lengths: list[int], seed: int, device: str = "cpu"
+) -> Case:
+    """Normal numbers in slices of larger tensors, with NaN around them."""
+    torch.manual_seed(seed)
+    t, s = sum(q_lengths), sum(k_lengths)
+
+    def slack(*sizes: int) -> Tensor:
+        n, h, d = sizes
+        wide = torch.full((n + 1, h + 1, d + 16), math.nan, dtype=shape.dtype, device=device)
+        return wide[:n, :h, :d].copy_(torch.randn(sizes))
+
+    return Case(
+        q=slack(t, shape.h, shape.d),
+        k=slack(s, shape.hkv, shape.d),
+        v=slack(s, shape.hkv, shape.dv),
+        d_out=torch.randn(t, shape.h, shape.dv).to(device, shape.dtype),
+        q_lengths=q_lengths,
+        k_lengths=k_lengths,
+        softmax_scale=shape.d**-0.5,
+        causal=shape.causal,
+    )
+
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def formula(case: Case) -> dict[str, Tensor]:
+    """Results in fp64, and gradients by PyTorch's autograd."""
+    leaves = [x.detach().double().requires_grad_() for x in (case.q, case.k, case.v)]
+    results = [_attend(*one, case.causal, case.softmax_scale) for one in _requests(case, leaves)]
+    out, lse = (torch.cat([result[i] for result in results]) for i in (0, 2))
+    gradients = torch.autograd.grad(out, leaves, case.d_out.double())
+    return dict(zip(NAMES, (out.detach(), lse, *gradients), strict=True))
+
+
+def rounded_formula(case: Case) -> dict[str, Tensor]:
+    """The same in plain PyTorch, with products, probabilities and their slopes in q's dtype."""
+    d_outs = case.d_out.split(case.q_lengths)
+    parts = []
+    for (q, k, v), d_out in zip(_requests(case, [case.q, case.k, case.v]), d_outs, strict=True):
+        out, weights, lse = _attend(q, k, v, case.causal, case.softmax_scale)
+        k_h, v_h = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        delta = (out.float() * d_out.float()).sum(-1, keepdim=True)
+        slope = torch.einsum("nhd,shd->nhs", d_out, v_h).float() - delta
+        slope = (weights.float() * slope * case.softmax_scale).to(q.dtype)
+        dk, dv = (
+            torch.einsum("nhs,nhd->shd", slope, q),
+            torch.einsum("nhs,nhd->shd", weights, d_out),
+        )
+        heads = (k.shape[1], -1)
+        parts.append(
+            (
+                out, lse, torch.einsum("nhs,shd->nhd", slope, k_h),
+                dk.unflatten(1, heads).sum(2), dv.unflatten(1, heads).sum(2),
+            )
+        )  # fmt: skip
+    return {name: torch.cat(x) for name, x in zip(NAMES, zip(*parts, strict=True), strict=True)}
+
+
+def _requests(case: Case, tensors: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    lengths = (case.q_lengths, case.k_lengths, case.k_lengths)
+    return zip(*(x.split(n) for x, n in zip(tensors, lengths, strict=True)), strict=True)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One request: out, probabilities and lse."""
+    n, s, device = len(q), len(k), q.device
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    logits = torch.einsum("nhd,shd->nhs", q, k).double() * scale
+    num_keys = torch.full((n, 1), s, device=device)
+    if causal:
+        num_keys = num_keys - torch.arange(n - 1, -1, -1, device=device)[:, None]
+    hidden = (torch.arange(s, device=device) >= num_keys)[:, None]
+    is_empty = (num_keys <= 0)[..., None]
+    lse = logits.detach().masked_fill(hidden, -math.inf).logsumexp(-1)
+    # no gradient passes a row without keys: its softmax would be NaN
+    weights = logits.masked_fill(hidden & ~is_empty, -math.inf).softmax(-1)
+    weights = weights.masked_fill(is_empty, 0.0).to(v.dtype)
+    return torch.einsum("nhs,shd->nhd", weights, v), weights, lse
+
+
+def check(case: Case, got: dict[str, Tensor], what: str) -> None:
+    """The tolerance rule of every kernel; what: named in the failure."""
+    expected = formula(case)
+    baseline = expected if case.q.dtype == torch.float32 else rounded_formula(case)
+    for name, value in got.items():
+        want, base = expected[name], baseline[name]
+        try:
+            if name == "lse":
+                assert_close_rows(value[..., None], base[..., None], want[..., None])
+            elif name == "out":
+                assert_close_rows(value, base, want)
+            else:
+                lengths = case.q_lengths if name == "dq" else case.k_lengths
+                for parts in zip(*(x.split(lengths) for x in (value, base, want)), strict=True):
+                    _assert_close_gradients(*parts)
+        except AssertionError as error:
+            raise AssertionError(f"{what}, {name}: {error}") from None
+    assert not got["out"][expected["lse"] == -math.inf].any(), what
+
+
+def _assert_close_gradients(got: Tensor, baseline: Tensor, expected: Tensor) -> None:
+    """One request: twice the baseline's error over all rows, and no row far beyond it.
+
+    A row's error is mostly that of one number, sum(out d_out) of a rounded out, which may be zero
+    by luck in the baseline: row by row there is nothing to compare with.
+    """
+    if expected.numel() == 0:
+        return
+    size = EPS * (1 + expected.double().norm(dim=-1))
+    error, allowed = row_errors(got, expected), row_errors(baseline, expected) + size
+    typical = allowed.square().mean().sqrt()
+    assert error.isfinite().all(), "not finite"
+    rms = error.square().mean().sqrt()
+    assert rms <= 2 * typical, f"rms error {rms:.3e} is above {2 * typical:.3e}"
+    worst = (error - 2 * allowed).max()
+    assert worst <= 8 * typical, f"a row is {worst:.3e} beyond, at most {8 * typical:.3e}"
+
+
+def drawn_case(shape: Shape, seed: int, *, longest: int, device: str) -> Case:
+    """A random ragged batch; a fifth of the requests have no queries or no keys."""
+    draw = Random(seed)
+    b = draw.randint(1, 5)
+
+    def length() -> int:
+        return 0 if draw.random() < 0.1 else draw.randint(1, longest)
+
+    return random_case(
+        shape, [length() for _ in range(b)], [length() for _ in range(b)], seed, device
+    )

@@ -1,0 +1,294 @@
+"""The Triton kernels of paged decode: interpreted here in small sizes, on a GPU in the models'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paged_decode_cases import Case, Shape, attend, check, drawn_case, like, random_case, without
+from torch import Tensor
+
+from model1.errors import BackendUnavailable
+from model1.ops.kv_cache import KVLayout
+from model1.ops.paged_decode import paged_decode, portable
+from model1.ops.paged_decode.portable import paged_decode_triton
+from model1.ops.paged_decode.portable_sizes import Config, Problem, choose_cut
+
+# Triton's interpreter turns the bounds of loops into integers in a way that NumPy will forbid.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+INF = math.inf
+MODEL1 = KVLayout("model1_fp8", 448, 64)
+V32 = KVLayout("v32_fp8", 512, 64)
+BF16 = KVLayout("bf16", 512, 64)
+# Without a GPU the kernels run in Triton's interpreter, which a GPU build does not offer.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same kernels")
+ONE_SPLIT = Config(block_m=16, block_n=16, num_warps=4, num_stages=1, num_splits=1)
+SPLITS = Config(
+    block_m=16, block_n=16, num_warps=4, num_stages=1, num_splits=3, deterministic_split_keys=32
+)
+
+INTERPRETED_SHAPES = [
+    Shape(h=1, d=8, value_dim=8, block_size=16),
+    Shape(h=9, hkv=3, d=40, value_dim=24, block_size=16, causal=True, has_sink=True),
+    Shape(h=9, d=20, value_dim=17, block_size=32, has_sink=True),
+    Shape(h=2, hkv=2, d=16, value_dim=16, block_size=1, causal=True),
+    Shape(h=3, d=16, value_dim=5, block_size=7, causal=True, has_sink=True),
+    Shape(h=3, hkv=3, d=24, value_dim=24, block_size=61),
+    Shape(h=4, d=24, value_dim=16, block_size=16, dtype=torch.float16, causal=True),
+    Shape(h=3, d=80, value_dim=64, block_size=5, layout=KVLayout("model1_fp8", 64, 16)),
+    Shape(h=3, d=336, value_dim=336, block_size=16, layout=KVLayout("model1_fp8", 320, 16)),
+    Shape(h=3, d=264, value_dim=200, block_size=16, layout=KVLayout("v32_fp8", 256, 8)),
+    Shape(h=3, d=12, value_dim=12, block_size=4, layout=KVLayout("bf16", 8, 4)),
+    Shape(h=3, d=12, value_dim=8, block_size=4, layout=KVLayout("fp32", 8, 4), causal=True),
+]
+_BF16: dict[str, Any] = {"dtype": torch.bfloat16}
+GPU_SHAPES = [
+    Shape(h=16, d=576, value_dim=512, block_size=64, **_BF16),
+    Shape(h=128, d=576, value_dim=512, block_size=64, causal=True, **_BF16),
+    Shape(h=128, d=512, value_dim=512, block_size=64, has_sink=True, **_BF16),
+    Shape(h=1, d=576, value_dim=512, block_size=64, causal=True, has_sink=True, **_BF16),
+    Shape(h=3, hkv=3, d=576, value_dim=512, block_size=16, **_BF16),
+    Shape(h=9, hkv=3, d=576, value_dim=512, block_size=61, causal=True, **_BF16),
+    Shape(h=63, hkv=3, d=576, value_dim=512, block_size=1, **_BF16),
+    Shape(h=64, hkv=8, d=576, value_dim=512, block_size=64, causal=True, **_BF16),
+    Shape(h=126, hkv=2, d=576, value_dim=512, block_size=64, causal=True, **_BF16),
+    Shape(h=64, d=576, value_dim=512, block_size=64, dtype=torch.float16, causal=True),
+    Shape(h=16, d=512, value_dim=512, block_size=128, dtype=torch.float16, has_sink=True),
+    Shape(h=6, hkv=2, d=224, value_dim=224, block_size=32, causal=True, **_BF16),
+    Shape(h=40, d=40, value_dim=24, block_size=64, **_BF16),
+    Shape(h=5, d=100, value_dim=70, block_size=48, dtype=torch.float32, causal=True),
+    Shape(h=16, d=512, value_dim=512, block_size=64, layout=MODEL1, **_BF16),
+    Shape(h=128, d=512, value_dim=512, block_size=64, layout=MODEL1, causal=True, **_BF16),
+    Shape(h=20, d=512, value_dim=448, block_size=61, layout=MODEL1, has_sink=True, **_BF16),
+    Shape(h=16, d=576, value_dim=512, block_size=64, layout=V32, dtype=torch.float16),
+    Shape(h=64, d=576, value_dim=512, block_size=2, layout=V32, causal=True, **_BF16),
+    Shape(h=32, d=576, value_dim=512, block_size=64, layout=BF16, causal=True, **_BF16),
+]
+CASES_PER_GPU_SHAPE = 26
+
+
+@pytest.fixture(autouse=True)
+def numpy_like_a_gpu() -> Iterator[None]:
+    """The interpreter computes in NumPy, which warns of overflow and NaN; a GPU does not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        yield
+
+
+def run(case: Case, device: str, config: Config | None = None, **options: Any) -> Any:
+    """The kernels, with sizes that the public function would not take."""
+    arguments = case.arguments(device) | options
+    ragged = {"cu_seqlens_q": None, "max_seqlen_q": 0, "deterministic": False}
+    return paged_decode_triton(**(ragged | arguments), config=config)
+
+
+@interpreted
+@pytest.mark.parametrize("config", [ONE_SPLIT, SPLITS], ids=["whole", "split"])
+@pytest.mark.parametrize("shape", INTERPRETED_SHAPES, ids=str)
+def test_interpreted_kernels_compute_the_formula(shape: Shape, config: Config) -> None:
+    for seed, ragged in enumerate((False, True)):
+        q_lengths = [3, 0, 1] if ragged else [2, 2, 2]
+        case = random_case(shape, [37, 0, 1], q_lengths, seed, ragged=ragged)
+        check(case, run(case, "cpu", config), f"seed {seed}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(len(GPU_SHAPES)))
+def test_random_cases_on_a_gpu(number: int) -> None:
+    for idx in range(CASES_PER_GPU_SHAPE):
+        seed = number * CASES_PER_GPU_SHAPE + idx
+        case, deterministic = drawn_case(GPU_SHAPES[number], seed, longest=900)
+        got = paged_decode(**case.arguments("cuda"), deterministic=deterministic)
+        check(case, got, f"case {seed}")
+
+
+SPLIT_DEVICES = [
+    pytest.param("cpu", marks=interpreted, id="interpreter"),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+def _shape(device: str, **options: Any) -> Shape:
+    if device == "cpu":
+        return Shape(**({"h": 2, "d": 24, "value_dim": 24, "block_size": 16} | options))
+    sizes = {"h": 16, "d": 576, "value_dim": 512, "block_size": 64, "dtype": torch.bfloat16}
+    return Shape(**(sizes | options))
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_causal_rows_before_the_first_key_are_empty(device: str) -> None:
+    case = random_case(_shape(device, causal=True), [2, 0, 1], [4, 4, 4], 0)
+    for config in (ONE_SPLIT, SPLITS):
+        out, lse = run(case, device, config)
+        check(case, (out, lse), "short")
+        assert torch.equal(lse[:, :, 0].isposinf().sum(1).cpu(), torch.tensor([2, 4, 3]))
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_deterministic_rows_do_not_know_their_mates(device: str) -> None:
+    lengths, longer = [37, 0, 70, 5], 300 if device == "cuda" else 20
+    case = random_case(_shape(device, causal=True), lengths, [2] * 4, 0)
+    config = SPLITS if device == "cpu" else None
+    whole = run(case, device, config, deterministic=True)
+    # other mates, another order, a wider table: other numbers of splits and programs
+    arguments = case.arguments(device)
+    order = torch.tensor([2, 0])
+    wide = torch.full((2, longer), 2147480000, dtype=torch.int32)
+    wide[:, : case.block_table.shape[1]] = case.block_table[order]
+    chosen = {name: arguments[name][order] for name in ("q", "cache_seqlens")}
+    ragged = {"cu_seqlens_q": None, "max_seqlen_q": 0, "deterministic": True}
+    part = paged_decode_triton(
+        **(ragged | arguments | chosen | {"block_table": wide.to(device)}), config=config
+    )
+    for got, want in zip(part, whole, strict=True):
+        assert torch.equal(got, want[order])
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_a_row_does_not_know_the_lengths_of_its_mates(device: str) -> None:
+    case = random_case(_shape(device), [40, 33, 7], [1, 1, 1], 0)
+    config = SPLITS if device == "cpu" else None
+    want = run(case, device, config)
+    shorter = torch.tensor([40, 0, 3], dtype=torch.int32, device=device)
+    got = run(case, device, config, cache_seqlens=shorter)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_a_nan_that_is_seen_comes_out(device: str) -> None:
+    case = random_case(_shape(device), [20, 20], [1, 1], 0)
+    case.kv_cache[case.block_table[1, 0], 3] = math.nan
+    for config in (ONE_SPLIT, SPLITS):
+        out, lse = run(case, device, config)
+        assert out[1].isnan().all()
+        assert lse[1].isnan().all()
+        assert out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_large_logits_do_not_overflow(device: str) -> None:
+    case = random_case(_shape(device), [40, 17], [1, 1], 0)
+    for scale in (200.0, -200.0):
+        scaled = without(case, softmax_scale=scale)
+        check(scaled, run(scaled, device, SPLITS), f"scale {scale}")
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_strides_are_free(device: str) -> None:
+    case = random_case(_shape(device, hkv=1), [19, 3], [2, 2], 0)
+    want = run(case, device, ONE_SPLIT)
+    q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.full((*case.kv_cache.shape[:2], 3, case.q.shape[-1]), math.nan, dtype=q.dtype)
+    wide[:, :, 1:2] = case.kv_cache
+    got = run(case, device, ONE_SPLIT, q=like(q, device), kv_cache=like(wide[:, :, 1:2], device))
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("device", SPLIT_DEVICES)
+def test_the_op_describes_itself_to_pytorch(device: str) -> None:
+    case = random_case(_shape(device), [20, 3], [1, 1], 0)
+    a, shape = case.arguments(device), _shape(device)
+    torch.library.opcheck(
+        torch.ops.model1.paged_decode.default,
+        (
+            a["q"], a["kv_cache"], a["block_table"], a["cache_seqlens"], None, None, None, 0, 0,
+            shape.block_size, 0, shape.value_dim, 0.3, True, INF, True, "triton",
+        ),
+    )  # fmt: skip
+
+
+def test_more_channels_than_fit_are_refused() -> None:
+    case = random_case(Shape(h=1, d=600, value_dim=8, block_size=4), [3], [1], 0)
+    with pytest.raises(BackendUnavailable, match="takes 576 channels, got 600"):
+        run(case, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _problem(**changes: Any) -> Problem:
+    fields: dict[str, Any] = {
+        "layout": None, "dtype": torch.bfloat16, "d": 576, "value_dim": 8, "group": 16, "hkv": 1,
+        "block_size": 64, "b": 1, "s_q": 1, "max_seqlen": 65536, "softmax_scale": 1.0,
+        "causal": False, "empty_lse": INF, "deterministic": False,
+    }  # fmt: skip
+    return Problem(**(fields | changes))
+
+
+def test_splits_fill_the_processors_and_no_more() -> None:
+    config = Config(block_m=16, block_n=32, num_warps=4, num_stages=3)
+    assert 120 <= choose_cut(config, _problem(), 132).num_splits <= 132
+    assert choose_cut(config, _problem(b=132), 132).num_splits == 1
+    assert choose_cut(config, _problem(b=1000), 132).num_splits == 1
+    assert choose_cut(config, _problem(max_seqlen=64), 132).num_splits < 8
+    assert choose_cut(config, _problem(max_seqlen=0), 132).num_splits == 1
+    fixed = {choose_cut(config, _problem(b=b, deterministic=True), 132) for b in (1, 7, 300)}
+    assert len(fixed) == 1
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_other_lengths() -> None:
+    case = random_case(_shape("cuda"), [500, 40], [1, 1], 0)
+    arguments = case.arguments("cuda")
+    paged_decode(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = paged_decode(**arguments)
+    for lengths in ([500, 40], [3, 0], [257, 40]):
+        arguments["cache_seqlens"].copy_(torch.tensor(lengths))
+        graph.replay()
+        want = paged_decode(**arguments)
+        assert torch.equal(out, want[0])
+        assert torch.equal(lse, want[1])
+
+
+@pytest.mark.gpu
+def test_slots_beyond_two_gib_are_addressed() -> None:
+    # 65,536 blocks of 64 tokens of 576 channels in bf16: 4.5 GiB
+    q = torch.randn(1, 1, 16, 576, dtype=torch.bfloat16, device="cuda")
+    cache = torch.empty(65536, 64, 1, 576, dtype=torch.bfloat16, device="cuda").fill_(math.nan)
+    keys = torch.randn(128, 1, 576, dtype=torch.bfloat16, device="cuda")
+    cache[65535], cache[40000] = keys[:64], keys[64:]
+    table = torch.tensor([[65535, 40000]], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([128], dtype=torch.int32, device="cuda")
+    options = {"value_dim": 512, "softmax_scale": 576**-0.5}
+    got = paged_decode(q, cache, table, lengths, **options)
+    low = torch.tensor([[0, 1]], dtype=torch.int32, device="cuda")
+    want = paged_decode(q, keys.view(2, 64, 1, 576), low, lengths, **options)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_a_long_context_of_one_request_uses_every_processor() -> None:
+    case = random_case(_shape("cuda", h=128), [65000], [1], 0)
+    check(case, paged_decode(**case.arguments("cuda")), "65,000 tokens")
+    num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    problem = _problem(group=128, max_seqlen=65536)
+    config = portable.choose_config(portable._device(torch.device("cuda", 0))[0], problem)
+    cut = choose_cut(config, problem, num_sms)
+    assert cut.num_splits * cut.row_tiles >= 0.9 * num_sms
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("b", [1, 200])
+def test_a_profiler_sees_the_names_that_benchmarks_look_for(b: int) -> None:
+    arguments = random_case(_shape("cuda"), [900] * b, [1] * b, 0).arguments("cuda")
+    paged_decode(**arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        paged_decode(**arguments)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() or []]
+    assert sum("flash_fwd_splitkv_mla_kernel" in name for name in names) == 1
+    assert sum("flash_fwd_mla_combine_kernel" in name for name in names) <= 1
+
+
+@interpreted
+def test_the_interpreter_is_no_default() -> None:
+    case = random_case(Shape(h=1, d=8, value_dim=8, block_size=4), [3], [1], 0)
+    got: tuple[Tensor, Tensor] = paged_decode(**case.arguments())
+    want = attend(case, torch.float64)
+    assert (got[0] - want[0]).abs().max() < 1e-6
