@@ -203,11 +203,11 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def markdown(rows: Iterable[Resources]) -> str:
-    """docs/kernel_resources.md: one line per kernel and target."""
+def markdown(rows: Iterable[Resources], compiled: str) -> str:
+    """docs/kernel_resources.md: one line per kernel and target; `compiled` is their digest."""
     import triton
 
-    lines = [HEADER.format(version=triton.__version__, digest=digest())]
+    lines = [HEADER.format(version=triton.__version__, digest=compiled)]
     for row in rows:
         limit = TARGETS[row.target].shared_limit_bytes
         lines.append(
@@ -227,14 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.markdown and args.target:
         parser.error("--markdown needs all targets")
+    compiled = digest()  # first: the files may be edited during the minutes that follow
     rows = compile_all(args.target or list(TARGETS), args.processes)
     problems = [text for row in rows if (text := row.problem())]
     if args.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
     elif not args.markdown:
-        print(markdown(rows), end="")
+        print(markdown(rows, compiled), end="")
     elif not problems:
-        args.markdown.write_text(markdown(rows), encoding="utf-8")
+        args.markdown.write_text(markdown(rows, compiled), encoding="utf-8")
     print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
     return 1 if problems else 0
 

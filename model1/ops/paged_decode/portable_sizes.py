@@ -44,7 +44,7 @@ class Config:
 
     block_m: int  # rows (query, head) of a tile
     block_n: int  # keys of a step
-    channels: int = 128  # of the widest piece; at least those that share an FP8 scale
+    channels: int = 128  # of the widest piece; those of one to four FP8 scales
     num_warps: int
     num_stages: int
     tiles_per_sm: int = 1  # that run at the same time
