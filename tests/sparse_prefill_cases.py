@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model1.ops.sparse_prefill import sparse_prefill
-from model1.testing.compare import EPS, assert_close_rows
+from model1.testing.compare import EPS, assert_close_rows, delta_noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cannot multiply 16-bit numbers.
@@ -84,7 +84,8 @@ def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
 def plain(arguments: dict[str, Any], dout: Tensor) -> dict[str, Tensor]:
     """out and the gradients in PyTorch, which rounds to q's dtype where the formula has to.
 
-    The inputs of every product are in q's dtype: the probabilities and ds get rounded.
+    The inputs of every product are in q's dtype: the probabilities and ds get rounded. q_noise:
+    what the rounding of out alone does to the rows of q's gradient.
     """
     q, kv, index, value_dim = (arguments[n] for n in ("q", "kv", "topk_indices", "value_dim"))
     scale, sink = arguments["softmax_scale"], arguments["attn_sink"]
@@ -111,7 +112,9 @@ def plain(arguments: dict[str, Any], dout: Tensor) -> dict[str, Tensor]:
     # delta is 0 where the weight of a sink is inf / inf
     dsink = torch.where(delta == 0, 0.0, -sink_weight / total[..., 0] * delta).sum(0)
     dq = torch.bmm(ds, keys).to(q.dtype)
-    return {"out": out, "q": dq, "kv": dkv.to(q.dtype), "attn_sink": dsink}
+    mean_key = torch.bmm(p, keys).norm(dim=-1)
+    noise = delta_noise(out, dout.to(q.dtype), p, dp) * scale * mean_key
+    return {"out": out, "q": dq, "kv": dkv.to(q.dtype), "attn_sink": dsink, "q_noise": noise}
 
 
 def rounded(x: Tensor, like: Tensor) -> Tensor:
@@ -152,7 +155,8 @@ def assert_gradients_right(arguments: dict[str, Any], **options: Any) -> dict[st
         assert grad.dtype == arguments[name].dtype
         # the sinks are one row, at times of one number, which PyTorch may have right by chance
         eps = max(EPS, torch.finfo(q.dtype).eps) if name == "attn_sink" else EPS
-        assert_close_rows(grad, baseline[name], want[name], eps=eps)
+        noise = baseline["q_noise"] if name == "q" else 0.0
+        assert_close_rows(grad, baseline[name], want[name], eps=eps, noise=noise)
     is_valid = valid_entries(arguments["topk_indices"], arguments["topk_length"], len(kv))
     is_named = torch.zeros(len(kv), dtype=torch.bool, device=kv.device)
     is_named[arguments["topk_indices"][is_valid].long()] = True

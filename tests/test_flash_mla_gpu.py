@@ -37,16 +37,18 @@ def test_sparse_decode(case: int) -> None:
     layout = pick.choice([MODEL1, MODEL1, V32, BF16])
     dtype = torch.bfloat16 if layout is BF16 else pick.choice([torch.float8_e4m3fn, torch.uint8])
     b, s_q, h = pick.choice([1, 4, 37]), pick.choice([1, 2, 3]), pick.choice([5, 16, 64, 128])
+    sink, with_length = pick.random() < 0.7, pick.random() < 0.7
 
     def scope(topk: int) -> Scope:
         lengths = [pick.choice([0, topk, pick.randrange(topk + 1)]) for _ in range(b)]
+        if not with_length:
+            lengths = [topk] * b  # what no list counts is NaN
         page = pick.choice(PAGES)
         return make_scope(layout, lengths, s_q, topk, page, dtype=dtype, device="cuda")
 
     main = scope(pick.choice([1, 64, 128, 576, 2048]))
     extra = scope(pick.choice([3, 64, 512])) if pick.random() < 0.5 else None
-    sink, length = pick.random() < 0.7, pick.random() < 0.7
-    check_sparse_decode(main, extra, h, DV, with_sink=sink, with_length=length)
+    check_sparse_decode(main, extra, h, DV, with_sink=sink, with_length=with_length)
 
 
 @pytest.mark.parametrize("case", range(40))

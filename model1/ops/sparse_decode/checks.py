@@ -39,8 +39,8 @@ def check_scope(
     block_size: int,
 ) -> None:
     """One cache with the slots and lengths that point into it; `prefix` names the arguments."""
-    check_cache(kv_cache, layout, block_size, name=f"{prefix}kv_cache")
     _check_device(f"{prefix}kv_cache", kv_cache, q)
+    check_cache(kv_cache, layout, block_size, name=f"{prefix}kv_cache")
     name = f"{prefix}topk_indices"
     if topk_indices.dim() != 3 or topk_indices.shape[:2] != q.shape[:2]:
         got = list(topk_indices.shape)
