@@ -1,4 +1,4 @@
-"""Inputs of the attention benchmarks, distributed as FlashMLA's own tests draw theirs."""
+"""Inputs of the operator benchmarks, distributed as FlashMLA's own tests draw theirs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from model1.ops.kv_cache import KVLayout, quantize_and_store
 
+MODEL1 = KVLayout("model1_fp8", 448, 64)
+V32 = KVLayout("v32_fp8", 512, 64)
 _POOL_TOKENS = 32768  # distinct tokens; larger caches repeat their blocks
 
 

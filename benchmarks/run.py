@@ -1,44 +1,45 @@
-"""The attention operators on this GPU, beside any module with the `flash_mla` interface.
+"""Operators on this GPU, beside any module with the `flash_mla` interface and PyTorch's own.
 
     python -m benchmarks.run [--operator sparse_decode] [--peer MODULE] [--record]
 
 First runs the operator's GPU tests and refuses to time anything while one fails. Then prints, for
 each case, microseconds (median, min-max), GB/s, TFLOPS, and percent of the two ceilings measured in
-the same process (device copy, bf16 matrix product). A peer is timed on the same inputs in the same
-process; ratio = peer's time / ours. `--record` appends the rows to benchmarks/results/<gpu>.jsonl.
+the same process (device copy, bf16 matrix product). The peer and a case's own rivals are timed on
+the same inputs in the same process; ratio = their time / ours, gap = how far the results differ,
+and one that cannot run shows why. `--record` appends the rows to benchmarks/results/<gpu>.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, cases
+from benchmarks.cases import MODULES, Call, Case
 from model1.testing.timing import Ceilings, Timing, measure_ceilings, time_call
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {
-    "sparse_decode": ("tests/ops/test_sparse_decode*.py",),
-    "sparse_prefill": ("tests/ops/test_sparse_prefill*.py",),
-    "dense_decode": ("tests/ops/test_paged_decode*.py",),
-}
+OPERATORS = {module.OPERATOR: module for module in MODULES}
 # pytest's plugins may be missing on a GPU image, and its settings are then errors
 PYTEST = ("-q", "-m", "gpu", "-o", "addopts=--import-mode=importlib", "-W", "default")
 
 
 def run_tests(operator: str) -> None:
     """Exit unless the operator's GPU tests pass."""
-    files = [str(path) for pattern in TESTS[operator] for path in sorted(ROOT.glob(pattern))]
+    files = [
+        str(path) for pattern in OPERATORS[operator].TESTS for path in sorted(ROOT.glob(pattern))
+    ]
     done = subprocess.run([sys.executable, "-m", "pytest", *PYTEST, *files], cwd=ROOT)
     if done.returncode:
         sys.exit(f"tests of {operator} fail: nothing was timed")
@@ -51,10 +52,9 @@ def similarity_gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def measure(case: Case, peer: Any, ceilings: Ceilings, *, graph: bool) -> dict[str, Any]:
-    """One row: ours and, if given, the peer on the same inputs."""
-    ours = importlib.import_module("model1.flash_mla")
+    """One row: ours and, on the same inputs, what it is compared with."""
     work = case.build(torch.device("cuda"))
-    call = work.bind(ours)
+    call = work.bind(importlib.import_module("model1.flash_mla"))
     timing = time_call(call, graph=graph)
     tflops = work.flop / timing.median_us / 1e6
     gb_per_s = work.num_bytes / timing.median_us / 1e3
@@ -63,30 +63,44 @@ def measure(case: Case, peer: Any, ceilings: Ceilings, *, graph: bool) -> dict[s
         "tflops": tflops, "percent_of_matmul": 100 * tflops / ceilings.bf16_tflops,
         "gb_per_s": gb_per_s, "percent_of_copy": 100 * gb_per_s / ceilings.copy_gb_per_s,
     }  # fmt: skip
-    if peer is not None:
-        peer_call = work.bind(peer)
-        peer_timing = time_call(peer_call, graph=graph)
-        row |= {
-            "peer": peer.__name__, "peer_us": asdict(peer_timing),
-            "ratio": peer_timing.median_us / timing.median_us,
-            "gap_to_peer": similarity_gap(call()[0], peer_call()[0]),
-        }  # fmt: skip
+    rivals = dict(work.rivals)
+    if peer is not None and work.takes_peer:
+        rivals[peer.__name__] = functools.partial(work.bind, peer)
+    row["rivals"] = {name: compare(run, call, timing, graph) for name, run in rivals.items()}
     return row
 
 
+def compare(prepare: Callable[[], Call], ours: Call, timing: Timing, graph: bool) -> dict[str, Any]:
+    """Another call beside ours; whatever keeps it from running is its result."""
+    try:
+        call = prepare()
+        rival = time_call(call, graph=graph)
+        gap = similarity_gap(ours()[0], call()[0])
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[0]}"}
+    return {"us": asdict(rival), "ratio": rival.median_us / timing.median_us, "gap": gap}
+
+
 def format_row(row: dict[str, Any]) -> str:
-    """One line of the printed table."""
+    """One line of the printed table, and one for each rival."""
     us = Timing(**row["us"])
-    line = (
+    lines = [
         f"{row['operator']:14} {row['case']:34} {us.median_us:9.1f} us "
         f"({us.min_us:.1f}-{us.max_us:.1f}) {row['tflops']:6.0f} TFLOPS "
-        f"{row['percent_of_matmul']:3.0f}%"
-    )
-    line += f" {row['gb_per_s']:6.0f} GB/s {row['percent_of_copy']:3.0f}%"
-    if "ratio" in row:
-        line += f"  peer {row['peer_us']['median_us']:.1f} us, ratio {row['ratio']:.2f}"
-        line += f", gap {row['gap_to_peer']:.0e}"
-    return line
+        f"{row['percent_of_matmul']:3.0f}% {row['gb_per_s']:6.0f} GB/s "
+        f"{row['percent_of_copy']:3.0f}%"
+    ]
+    for name, rival in row["rivals"].items():
+        if "error" in rival:
+            lines.append(f"    {name}: {rival['error']}")
+        else:
+            us = Timing(**rival["us"])
+            lines.append(
+                f"    {name}: {us.median_us:.1f} us ({us.min_us:.1f}-{us.max_us:.1f}), "
+                f"ratio {rival['ratio']:.2f}, gap {rival['gap']:.0e}"
+            )
+    return "\n".join(lines)
 
 
 def record(rows: list[dict[str, Any]], ceilings: Ceilings) -> Path:
@@ -109,7 +123,7 @@ def record(rows: list[dict[str, Any]], ceilings: Ceilings) -> Path:
 def main() -> None:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--operator", action="append", choices=sorted(TESTS), help="repeatable")
+    parser.add_argument("--operator", action="append", choices=sorted(OPERATORS), help="repeatable")
     parser.add_argument("--match", default="", help="only cases whose name holds this text")
     parser.add_argument("--peer", help="module with the flash_mla interface")
     parser.add_argument("--graph", action="store_true", help="time the replay of a CUDA graph")
@@ -120,7 +134,7 @@ def main() -> None:
         parser.error("needs a CUDA device, torch.cuda.is_available() is False")
     if options.skip_tests and options.record:
         parser.error("--record needs passing tests: drop --skip-tests")
-    operators = options.operator or sorted(TESTS)
+    operators = options.operator or list(OPERATORS)
     if not options.skip_tests:
         for operator in operators:
             run_tests(operator)
@@ -129,8 +143,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: copy {ceilings.copy_gb_per_s:.0f} GB/s, "
           f"bf16 matmul {ceilings.bf16_tflops:.0f} TFLOPS")  # fmt: skip
     rows = []
-    for case in cases():
-        if case.operator in operators and options.match in case.name:
+    for case in [case for operator in operators for case in OPERATORS[operator].cases()]:
+        if options.match in case.name:
             rows.append(measure(case, peer, ceilings, graph=options.graph))
             print(format_row(rows[-1]), flush=True)
             torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -37,11 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False")
+    no_triton = pytest.mark.skip(reason="needs Triton, which is not installed")
     not_slow = pytest.mark.skip(reason="slow: run with --slow, as `make test` does")
     has_gpu = torch.cuda.is_available()
+    has_triton = importlib.util.find_spec("triton") is not None
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(no_gpu)
+        if "triton" in item.keywords and not has_triton:
+            item.add_marker(no_triton)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(not_slow)
 

@@ -6,12 +6,13 @@ A file or function over its limit is split; the limits are not raised for it.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY_LINES = 21000  # all of model1/; growth is explained in the change that needs it
+LIBRARY_LINES = 23000  # all of model1/; growth is explained in the change that needs it
 FOLDERS = ("model1", "tests", "tools", "examples", "benchmarks")
 FILE_LINES = 300
 TEST_FILE_LINES = 400
@@ -37,8 +38,12 @@ def file_limit(path: Path) -> int:
 
 
 def is_triton_file(path: Path) -> bool:
-    """Whether the file is of Triton kernels: operators import those on first use."""
-    return "\nimport triton\n" in path.read_text(encoding="utf-8")
+    """Whether the file is of Triton kernels or launches them: operators import it on first use."""
+    text = path.read_text(encoding="utf-8")
+    kernels = re.findall(r"^from (model1\.ops\.\w+\.portable\w*) import", text, re.MULTILINE)
+    files = [ROOT / (name.replace(".", "/") + ".py") for name in kernels]
+    imports_it = re.search(r"^(?:import|from) triton\b", text, re.MULTILINE) is not None
+    return imports_it or any(map(is_triton_file, files))
 
 
 def function_limit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

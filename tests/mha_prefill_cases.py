@@ -98,7 +98,7 @@ def formula(case: Case) -> dict[str, Tensor]:
 def rounded_formula(case: Case) -> dict[str, Tensor]:
     """The same in plain PyTorch, with products, probabilities and their slopes in q's dtype.
 
-    dq_noise, dk_noise: what the rounding of out alone does to the rows of the gradients.
+    dq_noise, dk_noise: what the roundings of out and ds do to the rows of the gradients.
     """
     d_outs = case.d_out.split(case.q_lengths)
     parts = []
@@ -114,13 +114,16 @@ def rounded_formula(case: Case) -> dict[str, Tensor]:
         )
         heads = (k.shape[1], -1)
         noise = delta_noise(out, d_out, weights, d_weights) * case.softmax_scale
-        mean_key = torch.einsum("nhs,shd->nhd", weights, k_h).double().norm(dim=-1)
-        pull = (noise * q.double().norm(dim=-1))[..., None] * weights.double()
+        dq_noise = noise * torch.einsum("nhs,shd->nhd", weights, k_h).double().norm(dim=-1)
+        # a row of dk may be one query times one number: ds, as rounded as delta made it
+        ds_noise = torch.finfo(q.dtype).eps / 2 * slope.double()
+        ds_noise = torch.hypot(noise[..., None] * weights.double(), ds_noise)
+        dk_noise = (ds_noise * q.double().norm(dim=-1)[..., None]).square().sum(0)
         parts.append(
             (
                 out, lse, torch.einsum("nhs,shd->nhd", slope, k_h),
                 dk.unflatten(1, heads).sum(2), dv.unflatten(1, heads).sum(2),
-                noise * mean_key, pull.square().sum(0).unflatten(0, heads).sum(1).sqrt().T,
+                dq_noise, dk_noise.unflatten(0, heads).sum(1).sqrt().T,
             )
         )  # fmt: skip
     names = (*NAMES, "dq_noise", "dk_noise")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model1.ops.kv_cache import KVLayout
 from model1.ops.kv_cache.ref import gather_and_dequantize_ref, quantize_and_store_ref
+from model1.ops.launch import device_target
 from model1.ops.sparse_decode import sparse_decode
 from model1.testing.compare import assert_close_rows
 
@@ -156,10 +157,10 @@ def run(arguments: dict[str, Any], split_tiles: int | None = None, **options: An
     """The Triton kernel, with rows cut into splits of that many tiles."""
     if split_tiles is None:
         return sparse_decode(**arguments, backend="triton", **options)
-    from model1.ops.sparse_decode.portable import _target, choose_config, sparse_decode_triton
+    from model1.ops.sparse_decode.portable import choose_config, sparse_decode_triton
 
     q = arguments["q"]
-    config = choose_config(_target(q.device), q.shape[2], q.dtype, arguments["layout"])
+    config = choose_config(device_target(q.device), q.shape[2], q.dtype, arguments["layout"])
     config = replace(config, split_tiles=split_tiles)
     return sparse_decode_triton(**arguments, deterministic=False, config=config)
 

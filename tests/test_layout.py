@@ -97,6 +97,21 @@ def unsafe_uses(source: str) -> list[str]:
     return found
 
 
+def triton_imports_before_a_skip(path: Path) -> list[str]:
+    """Triton files that a test file imports before it has made sure that Triton is there."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if "importorskip('triton'" in ast.unparse(node):
+            break
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            files = [ROOT / (name.replace(".", "/") + ".py") for name in names]
+            found += [str(file) for file in files if file.exists() and is_triton_file(file)]
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.partition(".")[0] == "triton"]
+    return found
+
+
 def test_files_and_functions_keep_their_limits() -> None:
     assert violations() == []
 
@@ -118,6 +133,16 @@ def test_kernels_have_limits_of_their_own(tmp_path: Path) -> None:
     assert long_functions(path) == [("_fwd_kernel", 2, 151, 150)]
     folder = ROOT / "model1" / "ops" / "kv_cache"
     assert [file_limit(folder / name) for name in ("bits.py", "ref.py")] == [400, 300]
+
+
+def test_launchers_of_kernels_are_triton_files(tmp_path: Path) -> None:
+    path = tmp_path / "portable.py"
+    path.write_text("import torch\n\nfrom model1.ops.mha_prefill.portable_sizes import Config\n")
+    assert not is_triton_file(path)
+    path.write_text(
+        "import torch\n\nfrom model1.ops.mha_prefill.portable_forward import dot_rows\n"
+    )
+    assert is_triton_file(path)
 
 
 def test_no_machine_paths() -> None:
@@ -158,6 +183,20 @@ def test_core_imports_without_server_and_gpu_libraries() -> None:
     assert len(names) > 20
     result = run_python(CORE_WITHOUT_EXTRAS, names)
     assert result.returncode == 0, result.stderr
+
+
+def test_tests_are_collected_without_triton() -> None:
+    found = {path.name: triton_imports_before_a_skip(path) for path in python_files("tests")}
+    assert {name: files for name, files in found.items() if files} == {}
+
+
+def test_an_import_of_triton_that_nothing_guards_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "test_sample.py"
+    bad = "from model1.ops.mha_prefill import portable\n"
+    path.write_text("import pytest\n" + bad + "import triton.language as tl\n")
+    assert len(triton_imports_before_a_skip(path)) == 2
+    path.write_text("import pytest\npytest.importorskip('triton', reason='x')\n" + bad)
+    assert triton_imports_before_a_skip(path) == []
 
 
 def test_importing_every_module_has_no_side_effects() -> None:

@@ -15,9 +15,12 @@ from model1.ops.kv_cache.ref import (
     quantize_and_store_ref,
 )
 from model1.ops.kv_write.ref import norm_rope_store_ref
+from model1.ops.lowrank_attention.ref import lowrank_attention_ref
+from model1.ops.lowrank_remainder.ref import lowrank_remainder_ref
 from model1.ops.mha_prefill.ref import mha_prefill_backward_ref, mha_prefill_ref
 from model1.ops.paged_decode.ref import paged_decode_ref
 from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
+from model1.ops.selector.ref import lightning_topk_ref, lowrank_topk_ref
 from model1.ops.sparse_prefill.ref import sparse_prefill_backward_ref, sparse_prefill_ref
 
 
@@ -73,6 +76,10 @@ operators = {
     "gather_rope": gather_rope_ref,
     "inverse_rope_gate": inverse_rope_gate_ref,
     "inverse_rope_gate_backward": inverse_rope_gate_backward_ref,
+    "lightning_topk": lightning_topk_ref,
+    "lowrank_attention": lowrank_attention_ref,
+    "lowrank_remainder": lowrank_remainder_ref,
+    "lowrank_topk": lowrank_topk_ref,
     "mha_prefill": mha_prefill_ref,
     "mha_prefill_backward": mha_prefill_backward_ref,
     "norm_rope_store": norm_rope_store_ref,

@@ -22,6 +22,7 @@ ENGINE_FLAGS = {
     "dtype": Flag(help="How weights and activations are computed."),
     "kv_cache_dtype": Flag(help="How cached tokens are stored."),
     "max_model_len": Flag(help="Most tokens of one request, prompt and answer."),
+    "backend": Flag(help="What runs attention: auto, ref, triton or a plug-in's name."),
 }
 _request_ids = itertools.count()
 

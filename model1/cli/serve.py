@@ -18,6 +18,7 @@ ENGINE_FLAGS = {
     "kv_cache_dtype": Flag(help="How cached tokens are stored."),
     "dtype": Flag(help="How weights and activations are computed."),
     "device": Flag(help="Where the model runs."),
+    "backend": Flag(help="What runs attention: auto, ref, triton or a plug-in's name."),
 }
 SERVE_FLAGS = {
     "host": Flag(help="Address to listen on."),

@@ -1,6 +1,7 @@
 """How the engine runs: devices, limits and the size of the cache. Nothing about models or ports.
 
-`resolve` replaces every "auto" and None that needs no measurement, once, and logs the difference.
+`resolve` replaces every "auto" and None that needs no measurement, once, and logs the difference;
+`backend` stays, as each operator has its own answer to "auto".
 The number of cache blocks is measured, so it is a function of the resolved config and the memory
 found (`fit_num_blocks`), not something written back into the config.
 """
@@ -35,6 +36,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     kv_cache_dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    backend: str = "auto"  # of the attention operators: "auto", "ref", "triton" or a plug-in
     max_model_len: int | None = None  # prompt plus generated tokens of one request
     max_num_seqs: int = 16  # requests in one step
     max_num_batched_tokens: int | None = None  # tokens in one step
@@ -85,7 +87,9 @@ def resolve_placement(config: EngineConfig, *, has_cuda: bool | None = None) -> 
 def resolve(
     config: EngineConfig, model_config: ModelConfig, *, has_cuda: bool | None = None
 ) -> EngineConfig:
-    """The config with every "auto" and None but `num_blocks` filled in; logs what it filled.
+    """The config with every "auto" and None filled in; logs what it filled.
+
+    Left are `num_blocks`, to be measured, and `backend`, which each operator resolves.
 
     Raises as `resolve_placement`, and ConfigError when max_model_len exceeds the model's positions.
     A resolved config comes back unchanged.

@@ -35,7 +35,8 @@ class LLM:
     """A model, its tokenizer and an engine in this thread.
 
     `path` is a checkpoint directory, None the shipped one; options are the fields of EngineConfig
-    (an unknown one is a TypeError). Raises CheckpointError, ConfigError, DeviceError.
+    (an unknown one is a TypeError). Raises CheckpointError, ConfigError, DeviceError and, for a
+    backend that cannot run the model here, BackendUnavailable.
     """
 
     def __init__(self, path: str | Path | None = None, **options: Any) -> None:

@@ -30,7 +30,8 @@ class ModelRunner:
     def __init__(self, model: Model, config: EngineConfig) -> None:
         if config.kv_cache_dtype == "auto":
             raise AssertionError("ModelRunner needs a resolved config")
-        self._model = model.eval()
+        model.check_backend(config.backend)
+        self._model, self._backend = model.eval(), config.backend
         self._device = next(model.parameters()).device
         self._num_threads = torch.get_num_threads()
         self._block_size = config.block_size
@@ -74,7 +75,7 @@ class ModelRunner:
             ngram_size=self._ngram_size,
             device=self._device,
         )
-        return self._model.forward_paged(meta, self._kv_cache)
+        return self._model.forward_paged(meta, self._kv_cache, self._backend)
 
 
 def build_metadata(

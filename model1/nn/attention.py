@@ -31,6 +31,7 @@ class AttendSpec(NamedTuple):
     softmax_scale: float
     attn_sink: Tensor | None  # [h] fp32
     selector: LowRankSelector | None
+    kv_norm: RmsNorm  # of a token's first channels, in V3.2 without the rotary ones
 
 
 class Attention(nn.Module):
@@ -43,7 +44,6 @@ class Attention(nn.Module):
         self.heads, self.groups = a.num_attention_heads, a.o_groups
         self.rope_dim, self.eps = a.qk_rope_head_dim, config.rms_norm_eps
         self.rotary_value, self.value_dim = config.vvpa.rotary_value, config.value_dim
-        self.latent_nope_dim = a.latent_nope_dim
         self.softmax_scale = a.qk_head_dim**-0.5
 
         self.wq_a = Linear(config.hidden_size, a.q_lora_rank)
@@ -71,22 +71,21 @@ class Attention(nn.Module):
     @property
     def spec(self) -> AttendSpec:
         """How a context has to attend for this layer."""
-        return AttendSpec(self.value_dim, self.softmax_scale, self.attn_sink, self.selector)
+        return AttendSpec(
+            self.value_dim, self.softmax_scale, self.attn_sink, self.selector, self.kv_norm
+        )
 
-    def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Queries [t, h, d] and this step's latents [t, d] of x [t, c]."""
-        return self._queries(x, context), self._latent(x, context)
+    def project(self, layer_id: int, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Queries [t, h, d] of x [t, c], and what the context makes of its latents."""
+        return self._queries(x, context), context.latents(layer_id, self.wkv(x), self.spec)
 
     def finish(self, x: Tensor, out: Tensor, context: Context) -> Tensor:
         """[t, c] from the sublayer's input x [t, c] and the attended values [t, h, value_dim]."""
         out = out.to(x.dtype)
-        if self.rotary_value:
-            nope, rotary = out.split([self.latent_nope_dim, self.rope_dim], dim=-1)
-            out = torch.cat([nope, apply_rope(rotary, context.rotation, inverse=True)], dim=-1)
         if self.form == "v32":
             out = torch.einsum("thc,hvc->thv", out, self.wv_b.to(x.dtype))
-        if self.gate is not None:
-            out = out * self.gate(x, context.log_position)[..., None]
+        gate = None if self.gate is None else self.gate(x, context.log_position)
+        out = context.finish_values(out, gate, is_rotary=self.rotary_value)
         grouped = out.reshape(len(x), self.groups, -1).transpose(0, 1)
         low = torch.bmm(grouped, self.wo_a.to(x.dtype).transpose(1, 2))
         return self.wo_b(low.transpose(0, 1).reshape(len(x), -1))
@@ -103,13 +102,3 @@ class Attention(nn.Module):
         if self.temperature is not None:
             q = q * self.temperature(context.log_position)[..., None].to(q.dtype)
         return q
-
-    def _latent(self, x: Tensor, context: Context) -> Tensor:
-        """The cached vector of each token, [t, d]: normalised, trailing channels rotated."""
-        kv = self.wkv(x)
-        if self.form == "model1":
-            kv = self.kv_norm(kv)
-        nope, rotary = kv.split([self.latent_nope_dim, self.rope_dim], dim=-1)
-        if self.form == "v32":
-            nope = self.kv_norm(nope)
-        return torch.cat([nope, apply_rope(rotary, context.rotation)], dim=-1)

@@ -66,7 +66,7 @@ class Block(nn.Module):
             x = self.engram(x, rows, context)
         u, weights = _collapse(x, self.mhc_attn)
         u = self.attn_norm(u)
-        q, kv = self.attn.project(u, context)
+        q, kv = self.attn.project(self.layer_id, u, context)
         return x, u, weights, q, kv
 
     def after(

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,20 +17,28 @@ from model1.nn.attention import AttendSpec
 from model1.nn.indexer import ROW_CHUNK
 from model1.nn.selector_loss import sample_rows, selector_loss
 from model1.ops.dense_attention import dense_attention
-from model1.ops.rope import Rotation, rope_frequencies, rotation, yarn_frequencies
+from model1.ops.rope import Rotation, apply_rope, rope_frequencies, rotation, yarn_frequencies
 
 # Query rows of one dense pass on the plain path: bounds the score matrix to rows * h * s.
 DENSE_ROW_CHUNK = 256
 
 
 class Context(Protocol):
-    """What the layers read."""
+    """What the layers read, and who does the steps of attention that differ between contexts."""
 
     rotation: Rotation  # [t, d_rope] each
     log_position: Tensor  # [t] fp32, ln((i + 1) / L0)
 
-    def attend(self, layer_id: int, q: Tensor, kv: Tensor, spec: AttendSpec) -> Tensor:
-        """Attention of q [t, h, d] given this step's latents kv [t, d]; [t, h, value_dim]."""
+    def latents(self, layer_id: int, kv: Tensor, spec: AttendSpec) -> Tensor:
+        """kv [t, d] normalised and rotated, kept where `attend` looks; what that needs of it."""
+        ...
+
+    def attend(self, layer_id: int, q: Tensor, latents: Tensor, spec: AttendSpec) -> Tensor:
+        """Attention of q [t, h, d], [t, h, value_dim]; latents as `latents` returned them."""
+        ...
+
+    def finish_values(self, out: Tensor, gate: Tensor | None, *, is_rotary: bool) -> Tensor:
+        """Values [t, h, dv], rotary channels turned back where there are any, times gate [t, h]."""
         ...
 
     def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
@@ -59,36 +66,33 @@ def log_position(positions: Tensor, reference_length: int) -> Tensor:
     return torch.log((positions + 1).to(torch.float32) / reference_length)
 
 
-def attend_request(
-    q: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
-    spec: AttendSpec,
-    keys: RequestKeys,
-) -> Tensor:
-    """All query rows of one request: dense where few tokens are visible, sparse elsewhere.
+def attend_row(
+    q: Tensor, kv: Tensor, key_start: Tensor, key_end: Tensor, spec: AttendSpec,
+    dense_limit: int | None,
+) -> Tensor:  # fmt: skip
+    """All query rows of one packed row: dense where few tokens are visible, sparse elsewhere.
 
-    q: [t, h, d]; key_start, key_end: [t] int64, row i sees keys key_start[i] <= j < key_end[i].
-    Returns [t, h, spec.value_dim] in the keys' dtype, t > 0; a row that sees no key gives 0. All
-    keys must be finite, hidden ones too (see `dense_attention`). The host waits for the device.
-    Which rows are dense is our choice, by cost; `keys.dense_limit` says.
+    q: [t, h, d]; kv: [s, d]; key_start, key_end: [t] int64, row i sees keys key_start[i] <= j <
+    key_end[i]. Queries that see at most dense_limit tokens run dense, None = all. Returns
+    [t, h, spec.value_dim] in kv's dtype, t > 0; a row that sees no key gives 0. All keys must be
+    finite, hidden ones too (see `dense_attention`). The host waits for the device.
+    Which rows are dense is our choice, by cost.
     """
     selector = spec.selector
-    limit = keys.dense_limit
-    if selector is None or limit is None or int((key_end - key_start).max()) <= limit:
-        return _dense_rows(q, key_start, key_end, spec, keys.all())
-    is_dense = key_end - key_start <= limit
-    z, rope, pieces = keys.z, keys.rope(), []
+    if selector is None or dense_limit is None or int((key_end - key_start).max()) <= dense_limit:
+        return _dense_rows(q, key_start, key_end, spec, kv)
+    is_dense = key_end - key_start <= dense_limit
+    z, pieces = selector.project(kv[:, : selector.basis.shape[1]]), []
     for rows in torch.arange(len(q), device=q.device).split(ROW_CHUNK):
         for part in (rows[is_dense[rows]], rows[~is_dense[rows]]):
             if len(part) == 0:
                 continue
             if bool(is_dense[part[0]]):
-                out = _dense_rows(q[part], key_start[part], key_end[part], spec, keys.all())
+                out = _dense_rows(q[part], key_start[part], key_end[part], spec, kv)
             else:
                 end = int(key_end[part].max())  # later keys are invisible to every row
                 out = selector.attend(
-                    q[part], z[:end], rope[:end], keys.fetch, key_start[part], key_end[part],
+                    q[part], z[:end], kv[:end], key_start[part], key_end[part],
                     value_dim=spec.value_dim, softmax_scale=spec.softmax_scale,
                     attn_sink=spec.attn_sink,
                 ).out  # fmt: skip
@@ -110,55 +114,6 @@ def _dense_rows(
         )  # fmt: skip
         outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-class RequestKeys(Protocol):
-    """The cached tokens of one request, fetched as far as an attention pass needs them."""
-
-    @property
-    def dense_limit(self) -> int | None:
-        """Queries that see at most this many tokens run dense; None = all."""
-        ...
-
-    @property
-    def z(self) -> Tensor:
-        """Selector vectors, [s, r]."""
-        ...
-
-    def all(self) -> Tensor:
-        """Every latent, [s, d]."""
-        ...
-
-    def rope(self) -> Tensor:
-        """Every rotary key, [s, d_rope]."""
-        ...
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        """Latents at indices [t, k], zeros at -1: [t, k, d]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class TensorKeys:
-    """Keys that are a plain tensor."""
-
-    kv: Tensor  # [s, d]
-    z: Tensor
-    d_nope: int
-    dense_limit: int | None
-
-    def all(self) -> Tensor:
-        """See RequestKeys."""
-        return self.kv
-
-    def rope(self) -> Tensor:
-        """See RequestKeys."""
-        return self.kv[:, self.d_nope :]
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        """See RequestKeys."""
-        gathered = self.kv[indices.clamp(min=0)]
-        return gathered * (indices >= 0).unsqueeze(-1).to(gathered.dtype)
 
 
 class FullContext:
@@ -199,12 +154,22 @@ class FullContext:
 
             self.block_mask = packed_block_mask(doc_starts)
 
-    def attend(self, layer_id: int, q: Tensor, kv: Tensor, spec: AttendSpec) -> Tensor:
+    def latents(self, layer_id: int, kv: Tensor, spec: AttendSpec) -> Tensor:
+        """See Context; plain and differentiable, so that a compiled block fuses it."""
+        d_rope, width = self.rotation.cos.shape[-1], len(spec.kv_norm.weight)
+        if width == kv.shape[1]:
+            kv = spec.kv_norm(kv)
+        nope, rotary = kv.split([kv.shape[1] - d_rope, d_rope], dim=-1)
+        if width == nope.shape[1]:
+            nope = spec.kv_norm(nope)
+        return torch.cat([nope, apply_rope(rotary, self.rotation)], dim=-1)
+
+    def attend(self, layer_id: int, q: Tensor, latents: Tensor, spec: AttendSpec) -> Tensor:
         """See Context."""
         b, s = self.shape
-        q_rows, kv_rows = q.unflatten(0, (b, s)), kv.unflatten(0, (b, s))
+        q_rows, kv_rows = q.unflatten(0, (b, s)), latents.unflatten(0, (b, s))
         if self.latent_hook is not None:
-            self.latent_hook(layer_id, kv)
+            self.latent_hook(layer_id, latents)
         if self.selector_rows and spec.selector is not None:
             self._collect_selector_losses(q_rows, kv_rows, spec)
         if self.block_mask is not None:
@@ -215,14 +180,21 @@ class FullContext:
                 value_dim=spec.value_dim, softmax_scale=spec.softmax_scale,
                 attn_sink=spec.attn_sink,
             ).flatten(0, 1)  # fmt: skip
-        outs = []
-        for i in range(b):
-            z = kv_rows[i, :, :0]
-            if spec.selector is not None and self.dense_limit is not None:
-                z = spec.selector.project(kv_rows[i, :, : self.d_nope])
-            keys = TensorKeys(kv_rows[i], z, self.d_nope, self.dense_limit)
-            outs.append(attend_request(q_rows[i], self.key_start[i], self.key_end[i], spec, keys))
+        outs = [
+            attend_row(
+                q_rows[i], kv_rows[i], self.key_start[i], self.key_end[i], spec, self.dense_limit
+            )
+            for i in range(b)
+        ]
         return torch.cat(outs)
+
+    def finish_values(self, out: Tensor, gate: Tensor | None, *, is_rotary: bool) -> Tensor:
+        """See Context; plain and differentiable, so that a compiled block fuses it."""
+        if is_rotary:
+            d_rope = self.rotation.cos.shape[-1]
+            nope, rotary = out.split([out.shape[-1] - d_rope, d_rope], dim=-1)
+            out = torch.cat([nope, apply_rope(rotary, self.rotation, inverse=True)], dim=-1)
+        return out if gate is None else out * gate[..., None]
 
     def _collect_selector_losses(self, q: Tensor, kv: Tensor, spec: AttendSpec) -> None:
         for i in range(len(q)):

@@ -7,7 +7,6 @@ token is in the core.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -86,8 +85,7 @@ class LowRankSelector(nn.Module):
         self,
         q: Tensor,
         z: Tensor,
-        k_rope: Tensor,
-        fetch: Callable[[Tensor], Tensor],
+        kv: Tensor,
         key_start: Tensor,
         key_end: Tensor,
         *,
@@ -97,9 +95,9 @@ class LowRankSelector(nn.Module):
     ) -> SparseResult:
         """Sparse attention of q [t, h, d] over the keys key_start <= j < key_end of one request.
 
-        z [s, r] and k_rope [s, d_rope] cover all keys; fetch(indices [t, k]) returns the full
-        latents [t, k, d] with zeros where the index is -1.
+        z [s, r] and kv [s, d]: the projections and the latents of all keys.
         """
+        k_rope = kv[:, self.basis.shape[1] :]
         scores = lowrank_scores(q, z, k_rope, self.basis, self.mean, softmax_scale=softmax_scale)
         weights, row_max = scan_weights(scores, key_start, key_end)
         count = core_count(key_end - key_start, self.sparse, self.sliding_window)
@@ -108,8 +106,9 @@ class LowRankSelector(nn.Module):
             topk=int(count.max()), sliding_window=min(self.sliding_window, int(count.max())),
         )  # fmt: skip
         valid = topk_indices >= 0
+        core = kv[topk_indices.clamp(min=0)] * valid.unsqueeze(-1).to(kv.dtype)
         core_out, core_lse = sparse_attention(
-            q, fetch(topk_indices), valid=valid, value_dim=value_dim, softmax_scale=softmax_scale
+            q, core, valid=valid, value_dim=value_dim, softmax_scale=softmax_scale
         )
         in_rest = range_mask(z.shape[0], key_start, key_end)
         spare = torch.cat([in_rest, in_rest.new_zeros(len(in_rest), 1)], dim=1)

@@ -21,7 +21,7 @@ from model1.nn.metadata import AttentionMetadata
 from model1.nn.mhc import HyperConnection, HyperHead
 from model1.nn.moe import MixtureOfExperts
 from model1.nn.mtp import MultiTokenPrediction
-from model1.nn.paged import PagedContext
+from model1.nn.paged import PagedContext, check_backend
 from model1.ops.engram import build_hash_specs, check_compression_table
 
 EMBED_INIT_STD = 0.02  # small, because a tied head would first predict every token's repetition
@@ -118,9 +118,18 @@ class Model(nn.Module):
         """An empty paged cache on the model's device."""
         return allocate(self.config, num_blocks, block_size, kind, self.embed.weight.device)
 
-    def forward_paged(self, meta: AttentionMetadata, kv_cache: KVCache) -> Tensor:
-        """Logits [n, vocab] fp32 of meta.logits_rows; writes this step's keys into the cache."""
-        context = PagedContext(self.config, meta, kv_cache)
+    def check_backend(self, backend: str) -> None:
+        """Raise BackendUnavailable unless the backend runs every operator of an engine step."""
+        check_backend(self.config, backend, self.embed.weight.device)
+
+    def forward_paged(
+        self, meta: AttentionMetadata, kv_cache: KVCache, backend: str = "auto"
+    ) -> Tensor:
+        """Logits [n, vocab] fp32 of meta.logits_rows; writes this step's keys into the cache.
+
+        backend: of the operators that write the cache and attend to it (docs/backends.md).
+        """
+        context = PagedContext(self.config, meta, kv_cache, backend)
         x = self._run(
             meta.token_ids, meta.ngram_token_ids, context, self.embed.weight.dtype, meta.logits_rows
         )

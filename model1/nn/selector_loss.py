@@ -53,12 +53,8 @@ def selector_loss(
         start, end = key_start[rows], key_end[rows]
         dense_out, dense_p = _dense_teacher(q, kv, start, end, spec)
         z = selector.project(kv[:, :d_nope])
-
-        def fetch(indices: Tensor) -> Tensor:
-            return kv[indices.clamp(min=0)] * (indices >= 0).unsqueeze(-1)
-
         result = selector.attend(
-            q, z, kv[:, d_nope:], fetch, start, end,
+            q, z, kv, start, end,
             value_dim=spec.value_dim, softmax_scale=spec.softmax_scale,
             attn_sink=None if spec.attn_sink is None else spec.attn_sink.detach(),
         )  # fmt: skip

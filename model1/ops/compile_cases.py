@@ -17,6 +17,11 @@ class KernelTarget:
     kind: Literal["cuda", "hip"]
     arch: int | str
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether Triton converts FP8 (e4m3) by an instruction there."""
+        return self.kind == "cuda" and int(self.arch) >= 89
+
 
 @dataclass(frozen=True, slots=True)
 class CompileCase:

@@ -56,5 +56,5 @@ def apply_rope(x: Tensor, angles: Rotation, *, inverse: bool = False) -> Tensor:
     if x.dim() == 3:
         cos, sin = cos[:, None, :], sin[:, None, :]
     x32 = x.float()
-    swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = x32.view(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).view(x.shape)
     return torch.addcmul(x32 * cos, swapped, sin, value=-1.0 if inverse else 1.0).to(x.dtype)

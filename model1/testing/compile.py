@@ -1,12 +1,13 @@
 """Compile every shipped Triton kernel for every supported GPU, on a machine without one.
 
-    python -m model1.testing.compile [--target sm_90 ...] [--json]
+    python -m model1.testing.compile [--target sm_90 ...] [--covering] [--json]
     python -m model1.testing.compile --markdown docs/kernel_resources.md
 
 Prints registers, spills and shared memory of each kernel. If one does not compile, needs more
-shared memory than its target has, or spills where none may, the exit code is 1 and no table is
-written. A table carries the digest of what was compiled, so that a test can tell whether it is up
-to date without the minutes that compiling takes.
+shared or tensor memory than its target has, or spills where none may, the exit code is 1 and no
+table is written. A table carries the digest of what was compiled, so that a test can tell whether
+it is up to date without the minutes that compiling takes. --covering compiles some launches of
+each kernel, as `model1.testing.covering` chooses them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -23,24 +25,33 @@ import tempfile
 import tokenize
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import model1.ops
 from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.testing.covering import covering
 
 MODULES = (
     "model1.ops.kv_cache.portable",
     "model1.ops.kv_write.portable",
+    "model1.ops.lowrank_attention.portable",
+    "model1.ops.lowrank_remainder.portable",
     "model1.ops.mha_prefill.portable",
     "model1.ops.paged_decode.portable",
     "model1.ops.rope_gate.portable",
+    "model1.ops.selector.portable",
+    "model1.ops.selector.portable_lightning",
     "model1.ops.sparse_decode.portable",
     "model1.ops.sparse_prefill.portable",
     "model1.ops.sparse_prefill.portable_backward",
 )
+
+TENSOR_COLUMNS = 512  # of tensor memory; PTX ISA, tcgen05: sm_100 alone has it
+
+Job = tuple[str, str, int]  # module, target, index of the case
 
 HEADER = """# What the kernels take
 
@@ -88,6 +99,8 @@ class Resources:
     registers: int = 0  # per thread
     spill_bytes: int = 0  # per thread: stack on NVIDIA, scratch on AMD
     shared_bytes: int = 0  # per block
+    tensor_columns: int = 0  # per block
+    is_trap: bool = False  # what Triton makes, without an error, of a kernel that cannot run
     error: str = ""
 
     def problem(self) -> str | None:
@@ -99,6 +112,11 @@ class Resources:
         if self.shared_bytes > target.shared_limit_bytes:
             limit = target.shared_limit_bytes
             return f"{where}: {self.shared_bytes} bytes of shared memory, at most {limit}"
+        if self.tensor_columns > TENSOR_COLUMNS:
+            columns = self.tensor_columns
+            return f"{where}: {columns} columns of tensor memory, at most {TENSOR_COLUMNS}"
+        if self.is_trap:
+            return f"{where}: compiles to a trap"
         if self.spill_bytes and not target.may_spill:
             return f"{where}: spills {self.spill_bytes} bytes"
         return None
@@ -109,28 +127,41 @@ def shipped_cases(module: str, target: str) -> list[CompileCase]:
     return importlib.import_module(module).shipped_kernels(TARGETS[target].gpu)
 
 
-def compile_all(targets: Sequence[str], num_processes: int = 1) -> list[Resources]:
-    """Compile every shipped kernel for these targets, in the order of MODULES and `targets`."""
+def compile_all(
+    targets: Sequence[str], num_processes: int = 1, *, is_covering: bool = False
+) -> list[Resources]:
+    """Compile shipped kernels for these targets, in the order of MODULES and `targets`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET must not be set: an interpreted kernel has no binary")
-    jobs = [
-        (module, target, idx)
-        for module in MODULES
-        for target in targets
-        for idx in range(len(shipped_cases(module, target)))
-    ]
+    first: dict[object, Job] = {}  # launches that differ in their names alone compile once
+    jobs = []
+    for module, target in itertools.product(MODULES, targets):
+        cases = shipped_cases(module, target)
+        for idx in covering(cases) if is_covering else range(len(cases)):
+            job = (module, target, idx)
+            twin = first.setdefault((module, target, _identity(cases[idx])), job)
+            jobs.append((cases[idx].name, twin))
     if num_processes == 1:
-        return [_compile_one(job) for job in jobs]
-    # The kernels are imported by now: forked workers start with them.
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("fork")) as pool:
-        return list(pool.map(_compile_one, jobs))
+        rows = [_compile_one(job) for job in first.values()]
+    else:  # the kernels are imported by now: forked workers start with them
+        with ProcessPoolExecutor(num_processes, mp_context=get_context("fork")) as pool:
+            rows = list(pool.map(_compile_one, first.values()))
+    compiled = dict(zip(first.values(), rows, strict=True))
+    return [replace(compiled[twin], kernel=name) for name, twin in jobs]
+
+
+def _identity(case: CompileCase) -> str:
+    """Everything about a case but its name."""
+    sizes = sorted((name, str(value)) for name, value in case.constexprs.items())
+    kernel, types = case.kernel.fn.__name__, sorted(case.signature.items())
+    return repr((kernel, types, sizes, case.num_warps, case.num_stages))
 
 
 def digest() -> str:
     """A name for all that decides what the kernels take: their code without comments, the cases."""
     total = hashlib.sha256()
     for path in sorted(Path(model1.ops.__path__[0]).rglob("*.py")):
-        if "\nimport triton\n" in path.read_text(encoding="utf-8"):
+        if re.search(r"^(?:import|from) triton\b", path.read_text(encoding="utf-8"), re.MULTILINE):
             with path.open("rb") as file:
                 tokens = list(tokenize.tokenize(file.readline))
             code = "".join(t.string for t in tokens if t.type != tokenize.COMMENT)
@@ -138,13 +169,11 @@ def digest() -> str:
     for module in MODULES:
         for target in TARGETS:
             for case in shipped_cases(module, target):
-                parts = (case.name, case.kernel.fn.__name__, sorted(case.signature.items()))
-                sizes = sorted((name, str(value)) for name, value in case.constexprs.items())
-                total.update(repr((parts, sizes, case.num_warps, case.num_stages)).encode())
+                total.update((case.name + _identity(case)).encode())
     return total.hexdigest()[:16]
 
 
-def _compile_one(job: tuple[str, str, int]) -> Resources:
+def _compile_one(job: Job) -> Resources:
     module, target, idx = job
     case = shipped_cases(module, target)[idx]
     short = module.removeprefix("model1.ops.")
@@ -155,7 +184,16 @@ def _compile_one(job: tuple[str, str, int]) -> Resources:
         lines = str(error).strip().splitlines() or [""]
         return Resources(*common, error=f"{type(error).__name__}: {lines[-1]}")
     read = _nvidia_resources if "cubin" in compiled.asm else _amd_resources
-    return Resources(*common, *read(compiled.asm), compiled.metadata.shared)
+    return Resources(
+        *common, *read(compiled.asm), compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        is_trap=is_trap(compiled.asm.get("ptx", "")),
+    )  # fmt: skip
+
+
+def is_trap(ptx: str) -> bool:
+    """Whether a kernel stops the GPU; none of ours asks for that."""
+    return re.search(r"^\s*trap;", ptx, re.MULTILINE) is not None
 
 
 def _compile(case: CompileCase, gpu: KernelTarget) -> Any:
@@ -222,13 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model1.testing.compile")
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--markdown", type=Path, help="write the table of all targets here")
+    parser.add_argument("--covering", action="store_true", help="some launches of each kernel")
     parser.add_argument("--json", action="store_true", help="print one JSON object per kernel")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(arguments)
-    if args.markdown and args.target:
-        parser.error("--markdown needs all targets")
+    if args.markdown and (args.target or args.covering):
+        parser.error("--markdown needs all targets and launches")
     compiled = digest()  # first: the files may be edited during the minutes that follow
-    rows = compile_all(args.target or list(TARGETS), args.processes)
+    targets = args.target or list(TARGETS)
+    rows = compile_all(targets, args.processes, is_covering=args.covering)
     problems = [text for row in rows if (text := row.problem())]
     if args.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))

@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from line_budget import ROOT
 
 import model1.flash_mla as flash_mla
+from benchmarks import run
 from benchmarks.cases import (
-    MODEL1,
-    V32,
-    DecodeShape,
-    cases,
+    MODULES,
+    Work,
     dense_decode,
+    kv_write,
+    mha_prefill,
+    own_work,
     sparse_decode,
     sparse_prefill,
 )
-from benchmarks.kernel_inputs import block_tables, random_slots
-from benchmarks.run import similarity_gap
+from benchmarks.kernel_inputs import MODEL1, V32, block_tables, random_slots
+from model1.ops.kv_cache import gather_and_dequantize
+from model1.testing.timing import Timing
 
 CPU = torch.device("cpu")
-TWO_SCOPES = DecodeShape(
+TWO_SCOPES = sparse_decode.Shape(
     layout=MODEL1, h=2, topk=8, s_kv=40, page=16, extra_topk=24, extra_page=2, has_lengths=True
 )
 SHAPES = {
     "MODEL1": TWO_SCOPES,
     "one scope": dataclasses.replace(TWO_SCOPES, extra_topk=0, has_lengths=False),
-    "V32": DecodeShape(layout=V32, h=3, topk=16, s_kv=40, page=64),
+    "V32": sparse_decode.Shape(layout=V32, h=3, topk=16, s_kv=40, page=64),
 }
+
+
+def assert_rivals_agree(work: Work, names: set[str], tolerance: float) -> None:
+    ours = work.bind(None)()
+    assert set(work.rivals) == names
+    for prepare in work.rivals.values():
+        for a, b in zip(ours, prepare()(), strict=True):
+            assert a.shape == b.shape
+            assert run.similarity_gap(a, b) < tolerance
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_sparse_decode_calls_run_and_count_their_work(name: str) -> None:
     shape = SHAPES[name]
-    work = sparse_decode(2, shape, CPU)
+    work = sparse_decode.interface_work(2, shape, CPU)
     out, lse = work.bind(flash_mla)()
     assert out.shape == (2, shape.s_q, shape.h, 512)
     assert out.isfinite().all()
@@ -44,16 +58,59 @@ def test_sparse_decode_calls_run_and_count_their_work(name: str) -> None:
     assert 2 * shape.s_q * shape.topk <= keys
     assert keys <= 2 * shape.s_q * (shape.topk + shape.extra_topk)
     assert work.num_bytes > keys * 576
+    own = sparse_decode.deterministic_work(2, shape, CPU)
+    assert torch.equal(own.bind(None)()[0], out)
+    assert_rivals_agree(own, {"deterministic"}, 1e-4)
 
 
-def test_prefill_and_dense_calls_run() -> None:
-    out, largest, lse = sparse_prefill(512, 2, 8, 32, CPU, s_q=5).bind(flash_mla)()
+def test_prefill_calls_run_forward_and_backward() -> None:
+    work = sparse_prefill.forward_work(512, 2, 8, 32, CPU, s_q=5)
+    out, largest, lse = work.bind(flash_mla)()
     assert out.shape == (5, 2, 512)
     assert largest.shape == lse.shape == (5, 2)
     assert (largest <= lse).all()
-    out, lse = dense_decode(2, 2, 3, 70, CPU).bind(flash_mla)()
+    work = sparse_prefill.backward_work(512, 2, 8, 32, CPU, s_q=5)
+    assert [x.shape for x in work.bind(None)()] == [(5, 2, 512), (32, 512), (2,)]
+    assert_rivals_agree(work, {"deterministic"}, 1e-4)
+
+
+def test_dense_calls_run() -> None:
+    out, lse = dense_decode.interface_work(2, 2, 3, 70, CPU).bind(flash_mla)()
     assert out.shape == (2, 2, 3, 512)
     assert lse.isfinite().all()
+    own = dense_decode.deterministic_work(2, 2, 3, 70, CPU)
+    assert torch.equal(own.bind(None)()[0], out)
+    assert_rivals_agree(own, {"deterministic"}, 1e-4)
+
+
+@pytest.mark.parametrize(("layout", "token_bytes"), [(MODEL1, 2128), (V32, 2328)])
+def test_kv_writes_store_every_token_and_take_turns(layout: Any, token_bytes: int) -> None:
+    work = kv_write.store_work(150, layout, CPU, copied_bytes=2 * 150 * token_bytes)
+    assert work.num_bytes == 150 * token_bytes
+    call = work.bind(None)
+    caches = [call()[0] for _ in range(3)]
+    assert caches[0] is caches[2]
+    assert caches[0] is not caches[1]
+    slots = torch.arange(192)
+    rows = gather_and_dequantize(
+        caches[0], slots, layout=layout, block_size=64, dtype=torch.float32
+    )
+    assert (rows.abs().sum(1) > 0).sum() == 150
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_mha_prefill_and_sdpa_agree(step: Any) -> None:
+    work = mha_prefill.mha_work(step, 32, 16, 2, 2, 12, CPU)
+    assert set(work.rivals) == {"flex", "sdpa"}
+    rivals = {"sdpa": work.rivals["sdpa"]}
+    assert_rivals_agree(dataclasses.replace(work, rivals=rivals), {"sdpa"}, 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_mha_prefill_and_flex_attention_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # minutes otherwise
+    work = mha_prefill.mha_work("forward", 32, 16, 2, 2, 12, CPU)
+    assert_rivals_agree(work, {"flex", "sdpa"}, 1e-3)
 
 
 def test_slots_are_distinct_tokens_of_their_own_request() -> None:
@@ -70,12 +127,45 @@ def test_slots_are_distinct_tokens_of_their_own_request() -> None:
             assert row[len(used) :] == [-1] * (8 - len(used))
 
 
-def test_every_case_has_its_own_name() -> None:
-    names = [(case.operator, case.name) for case in cases()]
-    assert len(set(names)) == len(names)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.OPERATOR)
+def test_every_module_names_its_cases_and_tests(module: Any) -> None:
+    cases = list(module.cases())
+    assert {case.operator for case in cases} == {module.OPERATOR}
+    assert len({case.name for case in cases}) == len(cases) > 0
+    assert all(list(ROOT.glob(pattern)) for pattern in module.TESTS)
 
 
 def test_similarity_gap_is_zero_only_for_equal_results() -> None:
     a = torch.randn(4, 5)
-    assert similarity_gap(a, a) == pytest.approx(0.0, abs=1e-12)
-    assert similarity_gap(a, 1.1 * a) > 1e-3
+    assert run.similarity_gap(a, a) == pytest.approx(0.0, abs=1e-12)
+    assert run.similarity_gap(a, 1.1 * a) > 1e-3
+
+
+def test_a_rival_is_compared_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "time_call", lambda call, graph: call() and Timing(30.0, 29.0, 31.0))
+    ones = (torch.ones(3),)
+    ours, timing = (lambda: ones), Timing(20.0, 19.0, 21.0)
+
+    def refused() -> Any:
+        raise ValueError("too wide\nand more")
+
+    row = {
+        "operator": "x", "case": "y", "us": dataclasses.asdict(timing), "tflops": 1.0,
+        "percent_of_matmul": 2.0, "gb_per_s": 3.0, "percent_of_copy": 4.0,
+        "rivals": {
+            "same": run.compare(lambda: ours, ours, timing, False),
+            "narrow": run.compare(refused, ours, timing, False),
+        },
+    }  # fmt: skip
+    assert row["rivals"]["same"]["ratio"] == 1.5
+    lines = run.format_row(row).splitlines()
+    assert lines[1:] == [
+        "    same: 30.0 us (29.0-31.0), ratio 1.50, gap 0e+00",
+        "    narrow: ValueError: too wide",
+    ]
+
+
+def test_an_operator_of_ours_is_not_bound_to_a_peer() -> None:
+    work = own_work(lambda: (torch.zeros(1),), 0.0, 1.0)
+    assert not work.takes_peer
+    assert work.bind(None)()[0].item() == 0.0

@@ -36,6 +36,7 @@ LOCAL = {
     "--dtype": "auto",
     "--kv-cache-dtype": "auto",
     "--max-model-len": None,
+    "--backend": "auto",
 }
 SAMPLING = {"--temperature": 0.0, "--top-p": 1.0, "--seed": None}
 FLAGS = {

@@ -66,7 +66,10 @@ class FakeModel(torch.nn.Module):
         slots = np.full(num_blocks * block_size, UNWRITTEN, dtype=np.int64)
         return FakeCache(num_blocks, block_size, slots)
 
-    def forward_paged(self, meta: AttentionMetadata, kv_cache: FakeCache) -> Tensor:
+    def check_backend(self, backend: str) -> None:
+        assert backend == "auto"
+
+    def forward_paged(self, meta: AttentionMetadata, kv_cache: FakeCache, backend: str) -> Tensor:
         self.num_forwards += 1
         self.max_tokens_seen = max(self.max_tokens_seen, len(meta.token_ids))
         kv_cache.token_ids[meta.slot_mapping.numpy()] = meta.token_ids.numpy()

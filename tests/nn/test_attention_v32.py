@@ -90,7 +90,7 @@ def sublayer(attention: Attention, config: ModelConfig, x: Tensor) -> Tensor:
     starts = torch.zeros(1, len(x), dtype=torch.int64)
     with double_precision():
         context = FullContext(config, starts, x.dtype, dense=True)
-        q, kv = attention.project(x, context)
+        q, kv = attention.project(0, x, context)
         return attention.finish(x, context.attend(0, q, kv, attention.spec), context)
 
 
@@ -163,7 +163,7 @@ def test_gate_and_temperature_act_on_heads_and_logits(form: str) -> None:
     starts = torch.zeros(1, T, dtype=torch.int64)
     with double_precision(), torch.no_grad():
         context = FullContext(config, starts, x.dtype, dense=True)
-        q, kv = bare.project(x, context)
+        q, kv = bare.project(0, x, context)
         factor = attention.temperature(context.log_position)
         out = context.attend(0, q * factor[..., None], kv, bare.spec)
         gate = attention.gate(x, context.log_position)

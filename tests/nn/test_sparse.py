@@ -54,20 +54,21 @@ class Attended:
         self.in_rest = torch.empty(0)
 
     def sparse(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-        original = indexer.remainder
+        original, choose = indexer.remainder, indexer.select_core
 
-        def fetch(indices: Tensor) -> Tensor:
-            self.indices = indices
-            return self.kv[indices.clamp(min=0)] * (indices >= 0).unsqueeze(-1)
+        def chosen(*args: Tensor, **options: int) -> Tensor:
+            self.indices = choose(*args, **options)
+            return self.indices
 
         def spy(*args: Tensor, in_rest: Tensor, rotary_value: bool) -> tuple[Tensor, Tensor]:
             self.in_rest = in_rest
             return original(*args, in_rest=in_rest, rotary_value=rotary_value)
 
         monkeypatch.setattr(indexer, "remainder", spy)
+        monkeypatch.setattr(indexer, "select_core", chosen)
         z = self.selector.project(self.kv[:, : self.nope])
         result = self.selector.attend(
-            self.q, z, self.kv[:, self.nope :], fetch, self.key_start, self.key_end,
+            self.q, z, self.kv, self.key_start, self.key_end,
             value_dim=self.value_dim, softmax_scale=self.scale, attn_sink=self.sink,
         )  # fmt: skip
         return result.out, result.lse

@@ -113,10 +113,10 @@ def test_the_temperature_multiplies_the_logits() -> None:
     attention, where = Attention(config), context(config, LENGTH)
     x = torch.randn(LENGTH, 64)
     with torch.no_grad():
-        q, kv = attention.project(x, where)
+        q, kv = attention.project(0, x, where)
         assert attention.temperature is not None
         attention.temperature.slope.copy_(torch.tensor([0.0, 0.5, 1.0, -0.2]))
-        hot, same_kv = attention.project(x, where)
+        hot, same_kv = attention.project(0, x, where)
     factor = attention.temperature(where.log_position)
     assert torch.equal(kv, same_kv)
     logits, hot_logits = (torch.einsum("thd,sd->ths", v, kv) for v in (q, hot))
@@ -130,7 +130,7 @@ def attend_at(attention: Attention, config: ModelConfig, x: Tensor, shift: int) 
     """One attention sublayer on x with all positions moved by `shift`."""
     where = context(config, len(x), x.dtype)
     where.rotation = rotation(where.positions + shift, frequencies(config))
-    q, kv = attention.project(x, where)
+    q, kv = attention.project(0, x, where)
     return attention.finish(x, where.attend(0, q, kv, attention.spec), where)
 
 
@@ -155,12 +155,12 @@ def test_moving_one_token_alone_changes_the_value_it_gives() -> None:
     config = plain(dataclasses.replace(OFF, rotary_value=True))
     attention = Attention(config)
     where = context(config, 2)
-    latent = attention.project(torch.randn(2, 64), where)[1]
+    latent = attention.project(0, torch.randn(2, 64), where)[1]
     values = []
     for distance in (0, 3):  # attends to the first token only, from `distance` further on
         where.rotation = rotation(torch.tensor([0, 1 + distance]), frequencies(config))
         out = latent[:1].expand(2, -1)[:, None].expand(2, 4, -1)
-        nope = attention.latent_nope_dim
+        nope = config.attention.latent_nope_dim
         torch.nn.init.normal_(attention.wo_b.weight, generator=torch.Generator().manual_seed(0))
         values.append(attention.finish(torch.zeros(2, 64), out, where).detach())
         assert out[..., nope:].abs().max() > 0

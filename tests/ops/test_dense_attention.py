@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import assert_near, double_precision, naive_attention
 from torch import Tensor
 
-from model1.ops.dense_attention import dense_attention, dense_decode, flex
+from model1.ops.dense_attention import dense_attention, flex
 from model1.ops.dense_attention.ref import range_mask
 
 INF = math.inf
@@ -29,12 +29,6 @@ def inputs(
 
 def attend(q: Tensor, kv: Tensor, start: Tensor, end: Tensor, **options: Any) -> Pair:
     out, lse = dense_attention(q, kv, start, end, **options)
-    assert lse is not None
-    return out, lse
-
-
-def decode(q: Tensor, kv: Tensor, lengths: Tensor, **options: Any) -> Pair:
-    out, lse = dense_decode(q, kv, lengths, **options)
     assert lse is not None
     return out, lse
 
@@ -199,44 +193,6 @@ def test_fp32_gradient_is_near_the_fp64_one_and_finite_on_empty_rows() -> None:
         assert_near(got, want, 3e-5)
 
 
-@given(
-    b=st.integers(1, 4),
-    h=st.integers(1, 3),
-    s=st.integers(1, 9),
-    with_sink=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=40, deadline=None)
-def test_decode_equals_dense_attention_of_each_request(
-    b: int, h: int, s: int, with_sink: bool, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    q, kv = torch.randn(b, h, 6), torch.randn(b, s, 6)
-    lengths = torch.randint(0, s + 1, (b,))
-    kv = kv.masked_fill((torch.arange(s) >= lengths[:, None])[..., None], 1e30)
-    options = {"value_dim": 4, "softmax_scale": 0.6}
-    sink = torch.randn(h) if with_sink else None
-    out, lse = decode(q, kv, lengths, **options, attn_sink=sink)
-    for i in range(b):
-        start = torch.zeros(1, dtype=torch.int64)
-        want = attend(q[i : i + 1], kv[i], start, lengths[i : i + 1], **options, attn_sink=sink)
-        assert_near(out[i : i + 1], want[0], 1e-5)
-        assert_near(lse[i : i + 1], want[1], 1e-5)
-
-
-def test_other_requests_and_their_order_change_no_bit_of_decode() -> None:
-    q, kv = torch.randn(5, 3, 16), torch.randn(5, 40, 16)
-    lengths = torch.tensor([40, 1, 17, 0, 33])
-    options = {"value_dim": 16, "softmax_scale": 0.2, "attn_sink": torch.randn(3)}
-    want = decode(q, kv, lengths, **options)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    got = decode(q[order], kv[order], lengths[order], **options)
-    assert torch.equal(got[0], want[0][order])
-    assert torch.equal(got[1], want[1][order])
-    alone = decode(q[2:3], kv[2:3], lengths[2:3], **options)
-    assert torch.equal(alone[0], want[0][2:3])
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_packed_training_attention_equals_the_reference(
@@ -263,10 +219,6 @@ def test_the_denominator_can_be_left_out() -> None:
     alone, none = dense_attention(q, kv, key_start, key_end, **options, return_lse=False)
     assert none is None
     assert torch.equal(alone, attend(q, kv, key_start, key_end, **options)[0])
-    rows, lengths = kv.expand(6, -1, -1), key_end
-    alone, none = dense_decode(q, rows, lengths, **options, return_lse=False)
-    assert none is None
-    assert torch.equal(alone, decode(q, rows, lengths, **options)[0])
 
 
 @pytest.mark.parametrize(
@@ -288,11 +240,3 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         dense_attention(**{**good, **change})  # type: ignore[arg-type]
-
-
-def test_decode_names_wrong_arguments() -> None:
-    q, kv, lengths = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"got \[2, 3, 4\], \[1, 5, 4\]"):
-        dense_decode(q, kv[:1], lengths, value_dim=4, softmax_scale=1.0)
-    with pytest.raises(ValueError, match=r"cache_seqlens must be \[2\], got \[1\]"):
-        dense_decode(q, kv, lengths[:1], value_dim=4, softmax_scale=1.0)

@@ -17,7 +17,6 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops.kv_cache import KVLayout, allocate_kv_cache, gather_and_dequantize
 from model1.ops.kv_write import norm_rope_store
-from model1.ops.kv_write.portable import Config, norm_rope_store_triton
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 
 # Without a GPU the kernels run in Triton's interpreter, which a GPU build does not offer.
@@ -26,6 +25,7 @@ DEVICES = [
     pytest.param("cpu", marks=INTERPRETED, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+BACKENDS = ["ref", pytest.param("triton", marks=pytest.mark.triton)]
 LAYOUTS = [
     KVLayout("model1_fp8", 448, 64),
     KVLayout("model1_fp8", 64, 64),
@@ -171,6 +171,7 @@ def _check_against_separate_steps(arguments: dict[str, Any], buffer: Tensor, whe
 
 
 @INTERPRETED
+@pytest.mark.triton
 @pytest.mark.parametrize("number", [*range(20), 33, 35, 38, 60, 65])
 def test_kernel_equals_separate_steps(number: int) -> None:
     arguments, buffer = _case(number, "cpu", max_t=5)
@@ -200,8 +201,11 @@ def _small(device: str, t: int = 4) -> dict[str, Any]:
     }
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("device", DEVICES)
 def test_tokens_do_not_depend_on_each_other(device: str) -> None:
+    from model1.ops.kv_write.portable import Config, norm_rope_store_triton
+
     arguments = _small(device)
     latent = norm_rope_store(**arguments)
     order = torch.tensor([2, 0, 3, 1], device=device)
@@ -224,7 +228,7 @@ def test_tokens_do_not_depend_on_each_other(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_without_the_latent_only_the_cache_is_written(backend: str, device: str) -> None:
     arguments = _small(device) | {"backend": backend}
     norm_rope_store(**arguments)
@@ -238,7 +242,7 @@ def test_without_the_latent_only_the_cache_is_written(backend: str, device: str)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens_and_one(backend: str, device: str) -> None:
     arguments = _small(device, t=0) | {"backend": backend}
     assert norm_rope_store(**arguments).shape == (0, 96)
@@ -251,7 +255,7 @@ def test_no_tokens_and_one(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_channel_spoils_what_the_norm_covers(bad: float, backend: str, device: str) -> None:
     layout = KVLayout("v32_fp8", 256, 32)
@@ -278,6 +282,7 @@ def test_a_bad_channel_spoils_what_the_norm_covers(bad: float, backend: str, dev
     assert read[2].isfinite().all()
 
 
+@pytest.mark.triton
 def test_addresses_beyond_four_gibibytes() -> None:
     arguments = _small("cpu", t=1)
     stride = arguments["layout"].block_stride_bytes(4)
@@ -296,7 +301,7 @@ def test_addresses_beyond_four_gibibytes() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
     arguments = _small(device)
     cos, sin = arguments["rotation"]
@@ -310,7 +315,7 @@ def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_graph_under_torch_compile(backend: str, device: str) -> None:
     arguments = _small(device) | {"backend": backend}
 

@@ -19,6 +19,9 @@ from model1.ops.kv_cache import (
     gather_rope,
     quantize_and_store,
 )
+
+pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
+
 from model1.ops.kv_write.portable import Config, quantize_and_store_triton
 
 # Without a GPU the kernels run in Triton's interpreter, which a GPU build does not offer.

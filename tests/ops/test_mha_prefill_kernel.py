@@ -14,8 +14,11 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import KernelTarget
 from model1.ops.mha_prefill import mha_prefill
-from model1.ops.mha_prefill.portable import mha_prefill_backward_triton, mha_prefill_triton
 from model1.ops.mha_prefill.portable_sizes import Config, choose_config
+
+pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
+
+from model1.ops.mha_prefill.portable import mha_prefill_backward_triton, mha_prefill_triton
 
 # Triton's interpreter turns the bounds of loops into integers in a way that NumPy will forbid.
 pytestmark = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,14 @@ from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops.kv_cache import KVLayout
-from model1.ops.paged_decode import paged_decode, portable
+from model1.ops.launch import device_target
+from model1.ops.paged_decode import paged_decode
+from model1.ops.paged_decode.portable_sizes import Config, Problem, Schedule, choose_schedule
+
+pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
+
+from model1.ops.paged_decode import portable
 from model1.ops.paged_decode.portable import paged_decode_triton
-from model1.ops.paged_decode.portable_sizes import Config, Problem, choose_cut
 
 # Triton's interpreter turns the bounds of loops into integers in a way that NumPy will forbid.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -27,10 +33,13 @@ V32 = KVLayout("v32_fp8", 512, 64)
 BF16 = KVLayout("bf16", 512, 64)
 # Without a GPU the kernels run in Triton's interpreter, which a GPU build does not offer.
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same kernels")
-ONE_SPLIT = Config(block_m=16, block_n=16, num_warps=4, num_stages=1, num_splits=1)
-SPLITS = Config(
-    block_m=16, block_n=16, num_warps=4, num_stages=1, num_splits=3, deterministic_split_keys=32
-)
+WHOLE = Config(block_m=16, block_n=16, num_warps=4, num_stages=1, tiles_per_sm=0)
+# 37, 0 and 1 keys are 3, 1 and 1 tiles: of two parts the second holds the end of one request and
+# two whole ones, five parts are a tile each.
+BALANCED = [
+    replace(WHOLE, num_parts=n, min_part_keys=16, deterministic_part_keys=32) for n in (2, 5)
+]
+CONFIGS = {"whole": WHOLE} | {f"{c.num_parts} parts": c for c in BALANCED}
 
 INTERPRETED_SHAPES = [
     Shape(h=1, d=8, value_dim=8, block_size=16),
@@ -87,7 +96,7 @@ def run(case: Case, device: str, config: Config | None = None, **options: Any) -
 
 
 @interpreted
-@pytest.mark.parametrize("config", [ONE_SPLIT, SPLITS], ids=["whole", "split"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("shape", INTERPRETED_SHAPES, ids=str)
 def test_interpreted_kernels_compute_the_formula(shape: Shape, config: Config) -> None:
     for seed, ragged in enumerate((False, True)):
@@ -106,7 +115,7 @@ def test_random_cases_on_a_gpu(number: int) -> None:
         check(case, got, f"case {seed}")
 
 
-SPLIT_DEVICES = [
+DEVICES = [
     pytest.param("cpu", marks=interpreted, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
@@ -119,22 +128,22 @@ def _shape(device: str, **options: Any) -> Shape:
     return Shape(**(sizes | options))
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_causal_rows_before_the_first_key_are_empty(device: str) -> None:
     case = random_case(_shape(device, causal=True), [2, 0, 1], [4, 4, 4], 0)
-    for config in (ONE_SPLIT, SPLITS):
+    for config in (WHOLE, *BALANCED):
         out, lse = run(case, device, config)
         check(case, (out, lse), "short")
         assert torch.equal(lse[:, :, 0].isposinf().sum(1).cpu(), torch.tensor([2, 4, 3]))
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_deterministic_rows_do_not_know_their_mates(device: str) -> None:
     lengths, longer = [37, 0, 70, 5], 300 if device == "cuda" else 20
     case = random_case(_shape(device, causal=True), lengths, [2] * 4, 0)
-    config = SPLITS if device == "cpu" else None
+    config = BALANCED[0] if device == "cpu" else None
     whole = run(case, device, config, deterministic=True)
-    # other mates, another order, a wider table: other numbers of splits and programs
+    # other mates, another order, a wider table: other numbers of programs
     arguments = case.arguments(device)
     order = torch.tensor([2, 0])
     wide = torch.full((2, longer), 2147480000, dtype=torch.int32)
@@ -148,10 +157,10 @@ def test_deterministic_rows_do_not_know_their_mates(device: str) -> None:
         assert torch.equal(got, want[order])
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_does_not_know_the_lengths_of_its_mates(device: str) -> None:
     case = random_case(_shape(device), [40, 33, 7], [1, 1, 1], 0)
-    config = SPLITS if device == "cpu" else None
+    config = BALANCED[0] if device == "cpu" else None
     want = run(case, device, config)
     shorter = torch.tensor([40, 0, 3], dtype=torch.int32, device=device)
     got = run(case, device, config, cache_seqlens=shorter)
@@ -159,38 +168,38 @@ def test_a_row_does_not_know_the_lengths_of_its_mates(device: str) -> None:
         assert torch.equal(one[0], other[0])
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_nan_that_is_seen_comes_out(device: str) -> None:
     case = random_case(_shape(device), [20, 20], [1, 1], 0)
     case.kv_cache[case.block_table[1, 0], 3] = math.nan
-    for config in (ONE_SPLIT, SPLITS):
+    for config in (WHOLE, *BALANCED):
         out, lse = run(case, device, config)
         assert out[1].isnan().all()
         assert lse[1].isnan().all()
         assert out[0].isfinite().all()
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_large_logits_do_not_overflow(device: str) -> None:
     case = random_case(_shape(device), [40, 17], [1, 1], 0)
     for scale in (200.0, -200.0):
         scaled = without(case, softmax_scale=scale)
-        check(scaled, run(scaled, device, SPLITS), f"scale {scale}")
+        check(scaled, run(scaled, device, BALANCED[1]), f"scale {scale}")
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_strides_are_free(device: str) -> None:
     case = random_case(_shape(device, hkv=1), [19, 3], [2, 2], 0)
-    want = run(case, device, ONE_SPLIT)
+    want = run(case, device, WHOLE)
     q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((*case.kv_cache.shape[:2], 3, case.q.shape[-1]), math.nan, dtype=q.dtype)
     wide[:, :, 1:2] = case.kv_cache
-    got = run(case, device, ONE_SPLIT, q=like(q, device), kv_cache=like(wide[:, :, 1:2], device))
+    got = run(case, device, WHOLE, q=like(q, device), kv_cache=like(wide[:, :, 1:2], device))
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("device", SPLIT_DEVICES)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_op_describes_itself_to_pytorch(device: str) -> None:
     case = random_case(_shape(device), [20, 3], [1, 1], 0)
     a, shape = case.arguments(device), _shape(device)
@@ -218,15 +227,21 @@ def _problem(**changes: Any) -> Problem:
     return Problem(**(fields | changes))
 
 
-def test_splits_fill_the_processors_and_no_more() -> None:
+def test_parts_fill_the_processors_and_no_more() -> None:
     config = Config(block_m=16, block_n=32, num_warps=4, num_stages=3)
-    assert 120 <= choose_cut(config, _problem(), 132).num_splits <= 132
-    assert choose_cut(config, _problem(b=132), 132).num_splits == 1
-    assert choose_cut(config, _problem(b=1000), 132).num_splits == 1
-    assert choose_cut(config, _problem(max_seqlen=64), 132).num_splits < 8
-    assert choose_cut(config, _problem(max_seqlen=0), 132).num_splits == 1
-    fixed = {choose_cut(config, _problem(b=b, deterministic=True), 132) for b in (1, 7, 300)}
-    assert len(fixed) == 1
+
+    def schedule(**changes: Any) -> Schedule:
+        return choose_schedule(config, _problem(**changes), 132)
+
+    for b in (1, 132, 1000):
+        assert schedule(b=b).num_parts == 132
+    assert schedule(group=128).num_parts == 132 // 8
+    assert schedule(max_seqlen=256).num_parts == 2
+    assert schedule(s_q=133).form == "whole"
+    assert schedule(s_q=2, is_ragged=True).form == "whole"
+    assert schedule(is_ragged=True).form == "balanced"
+    assert schedule(max_seqlen=0).form == "whole"
+    assert len({schedule(b=b, deterministic=True).part_tiles for b in (1, 7, 300)}) == 1
 
 
 @pytest.mark.gpu
@@ -268,9 +283,9 @@ def test_a_long_context_of_one_request_uses_every_processor() -> None:
     check(case, paged_decode(**case.arguments("cuda")), "65,000 tokens")
     num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     problem = _problem(group=128, max_seqlen=65536)
-    config = portable.choose_config(portable._device(torch.device("cuda", 0))[0], problem)
-    cut = choose_cut(config, problem, num_sms)
-    assert cut.num_splits * cut.row_tiles >= 0.9 * num_sms
+    config = portable.choose_config(device_target(torch.device("cuda", 0)), problem)
+    schedule = choose_schedule(config, problem, num_sms)
+    assert schedule.num_parts * schedule.row_tiles >= 0.9 * num_sms
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from line_budget import ROOT, is_triton_file, python_files
+from lowrank_cases import CHOICE, SCAN, Shape, make_arguments
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -32,10 +33,13 @@ from model1.ops.kv_cache import (
     quantize_and_store,
 )
 from model1.ops.kv_write import norm_rope_store
+from model1.ops.lowrank_attention import lowrank_attention
+from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
 from model1.ops.paged_decode import paged_decode
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
+from model1.ops.selector import lightning_topk, lowrank_topk
 from model1.ops.sparse_decode import sparse_decode
 from model1.ops.sparse_prefill import sparse_prefill
 from model1.testing.compare import assert_close_rows
@@ -240,11 +244,49 @@ def attended_sparsely(backend: str, device: str) -> list[Tensor]:
     return [out, max_logits, lse, *grads]
 
 
+def attended_in_part(backend: str, device: str) -> list[Tensor]:
+    """Selector, remainder and their composite; ragged requests, rows that see nothing."""
+    results = []
+    for layout in LAYOUTS[1:]:
+        arguments = make_arguments(Shape(layout=layout, has_sink=True), dtype=torch.float32)
+        arguments = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+        results += lowrank_attention(**arguments, backend=backend)
+        scan = {name: arguments[name] for name in SCAN if name != "scan_q"}
+        scan["scan_q"] = random(3, 3, 16 + layout.d_rope, device=device)
+        chosen, lse = lowrank_topk(**scan, backend=backend)
+        rest = {name: scan[name] for name in scan if name not in CHOICE}
+        results += [chosen, lse]
+        results += lowrank_remainder(
+            **rest, core_indices=chosen, rotary_value=True, backend=backend
+        )
+    return results
+
+
+def chosen_by_lightning(backend: str, device: str) -> list[Tensor]:
+    shape = Shape(layout=LAYOUTS[2])
+    arguments = make_arguments(shape)
+    rows = ("block_table", "cu_seqlens_q", "max_seqlen_q", "key_end", "max_seqlen", "block_size")
+    call = {name: arguments[name] for name in rows}
+    call = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in call.items()}
+    num_slots = len(arguments["index_cache"])
+    keys, q = random(num_slots, 24, device=device), random(3, 2, 24, device=device)
+    chosen = lightning_topk(
+        q.to(torch.float8_e4m3fn), random(3, 2, device=device),
+        keys.to(torch.float8_e4m3fn).view(torch.uint8), random(num_slots, device=device).abs(),
+        **call, topk=7, backend=backend,
+    )  # fmt: skip
+    return [chosen]
+
+
 CASES: dict[str, Case] = {
     "gather_and_dequantize": gathered,
     "gather_rope": gathered_rope,
     "inverse_rope_gate": gated,
     "inverse_rope_gate_backward": gated,
+    "lightning_topk": chosen_by_lightning,
+    "lowrank_attention": attended_in_part,
+    "lowrank_remainder": attended_in_part,
+    "lowrank_topk": attended_in_part,
     "mha_prefill": attended,
     "mha_prefill_backward": attended,
     "norm_rope_store": normalised_and_stored,

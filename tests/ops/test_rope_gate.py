@@ -22,6 +22,7 @@ DEVICES = [
     pytest.param("cpu", marks=INTERPRETED, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+BACKENDS = ["ref", pytest.param("triton", marks=pytest.mark.triton)]
 SHAPES = [  # t, h, dv, d_rope
     (3, 2, 16, 4),
     (1, 1, 2, 2),
@@ -121,6 +122,7 @@ def _check_kernel(number: int, device: str, shape: tuple[int, ...], dtype: torch
 
 
 @INTERPRETED
+@pytest.mark.triton
 @pytest.mark.parametrize("number", range(0, 36, 2))
 def test_kernel_equals_the_formula(number: int) -> None:
     dtype = torch.bfloat16 if number % 8 == 0 else torch.float32
@@ -138,7 +140,7 @@ def test_kernel_equals_the_formula_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do_and_no_rows(backend: str, device: str) -> None:
     out = torch.randn(2, 3, 8, device=device)
     assert inverse_rope_gate(out, None, None, d_rope=4, backend=backend) is out
@@ -154,7 +156,7 @@ def test_nothing_to_do_and_no_rows(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_do_not_depend_on_each_other(backend: str, device: str) -> None:
     out, gate = torch.randn(4, 3, 16, device=device), torch.randn(4, 3, device=device)
     angles, order = _angles(4, 8, device), torch.tensor([2, 0, 3, 1], device=device)
@@ -171,7 +173,7 @@ def test_rows_do_not_depend_on_each_other(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
     out = torch.randn(2, 3, 8, device=device, requires_grad=True)
     gate = torch.randn(2, 3, device=device, requires_grad=True)
@@ -182,7 +184,7 @@ def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["ref", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_graph_under_torch_compile(backend: str, device: str) -> None:
     angles = _angles(2, 4, device)
 

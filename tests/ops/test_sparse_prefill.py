@@ -183,6 +183,7 @@ def test_compiles_as_one_graph_with_its_gradient(has_sink: bool) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.triton
 def test_a_function_of_its_own_for_every_backend() -> None:
     for operator in (SPARSE_PREFILL, SPARSE_PREFILL_BACKWARD):
         assert operator.resolve("auto", torch.device("cpu")) == "ref"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model1.ops.dense_attention.ref import dense_attention_ref, dense_decode_ref, range_mask
+from model1.ops.dense_attention.ref import dense_attention_ref, range_mask
 
-__all__ = ["dense_attention", "dense_decode", "range_mask"]
+__all__ = ["dense_attention", "range_mask"]
 
 
 def _check(q: Tensor, kv: Tensor, value_dim: int, attn_sink: Tensor | None) -> None:
@@ -46,35 +46,6 @@ def dense_attention(
     _check(q, kv, value_dim, attn_sink)
     return dense_attention_ref(
         q, kv, key_start, key_end,
-        value_dim=value_dim, softmax_scale=softmax_scale, attn_sink=attn_sink,
-        return_lse=return_lse,
-    )  # fmt: skip
-
-
-def dense_decode(
-    q: Tensor,
-    kv: Tensor,
-    cache_seqlens: Tensor,
-    *,
-    value_dim: int,
-    softmax_scale: float,
-    attn_sink: Tensor | None = None,
-    return_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """One query per request: q [b, h, d] over the first cache_seqlens[i] rows of kv [b, s, d].
-
-    Same formula and returns as `dense_attention`: out [b, h, value_dim], lse [b, h] fp32.
-    Rows of kv past cache_seqlens must be finite (the gather fills them with zeros).
-    """
-    if q.dim() != 3 or kv.dim() != 3 or q.shape[0] != kv.shape[0]:
-        raise ValueError(
-            f"q must be [b, h, d] and kv [b, s, d], got {list(q.shape)}, {list(kv.shape)}"
-        )
-    if cache_seqlens.shape != (q.shape[0],):
-        raise ValueError(f"cache_seqlens must be [{q.shape[0]}], got {list(cache_seqlens.shape)}")
-    _check(q, kv, value_dim, attn_sink)
-    return dense_decode_ref(
-        q, kv, cache_seqlens,
         value_dim=value_dim, softmax_scale=softmax_scale, attn_sink=attn_sink,
         return_lse=return_lse,
     )  # fmt: skip

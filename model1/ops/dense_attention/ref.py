@@ -47,23 +47,3 @@ def dense_attention_ref(
     lse = torch.logsumexp(scores, dim=-1) if return_lse else None
     out = probabilities.to(kv.dtype).flatten(0, 1) @ kv[:, :value_dim]
     return out.view(t, h, value_dim), lse
-
-
-def dense_decode_ref(
-    q: Tensor,
-    kv: Tensor,
-    cache_seqlens: Tensor,
-    *,
-    value_dim: int,
-    softmax_scale: float,
-    attn_sink: Tensor | None = None,
-    return_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """See `model1.ops.dense_attention.dense_decode`."""
-    scores = torch.bmm(q, kv.transpose(1, 2)).float() * softmax_scale
-    j = torch.arange(kv.shape[1], device=kv.device)
-    unused = (j >= cache_seqlens[:, None])[:, None, :]
-    scores = scores.masked_fill(unused, float("-inf"))
-    probabilities = _softmax_with_sink(scores, attn_sink)
-    lse = torch.logsumexp(scores, dim=-1) if return_lse else None
-    return torch.bmm(probabilities.to(kv.dtype), kv[:, :, :value_dim]), lse

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model1.ops.backend import Operator
+from model1.ops.backend import Operator, calls_ref_directly
 from model1.ops.kv_cache.layout import KVLayout
 
 
@@ -30,7 +30,7 @@ def store(
 ) -> None:  # fmt: skip
     """`quantize_and_store` on checked arguments."""
     name = QUANTIZE_AND_STORE.resolve(backend, kv.device)
-    if _is_eager_ref(name):
+    if calls_ref_directly(name):
         run = QUANTIZE_AND_STORE.load(name)
         run(kv, kv_cache, slot_mapping, layout=layout, block_size=block_size)
         return
@@ -46,19 +46,13 @@ def gather(
 ) -> Tensor:  # fmt: skip
     """`gather_and_dequantize` or `gather_rope` on checked arguments."""
     name = operator.resolve(backend, kv_cache.device)
-    if _is_eager_ref(name):
+    if calls_ref_directly(name):
         run = operator.load(name)
         return run(kv_cache, slots, layout=layout, block_size=block_size, dtype=dtype)
     return torch.ops.model1.gather_and_dequantize(
         kv_cache, slots, layout.name, layout.d_nope, layout.d_rope, block_size,
         operator is GATHER_ROPE, dtype, name,
     )  # fmt: skip
-
-
-def _is_eager_ref(backend: str) -> bool:
-    # PyTorch's dispatcher costs 20 to 50 us of CPU time a call, and a step comes here for every
-    # layer. AMD EPYC, torch 2.13, 2026-11.
-    return backend == "ref" and not torch.compiler.is_compiling()
 
 
 @torch.library.custom_op("model1::quantize_and_store", mutates_args=("kv_cache",))

@@ -20,6 +20,7 @@ from triton import knobs
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache.bits import e4m3_to_fp32, e8m0_to_fp32
 from model1.ops.kv_cache.layout import KVLayout
+from model1.ops.launch import device_target
 from model1.ops.rounding import round_to
 
 # Channels of one program; more would not fit one warp's registers.
@@ -72,15 +73,12 @@ def plain_block(layout: KVLayout, width: int) -> int:
 
 def device_constants(device: torch.device) -> dict[str, bool]:
     """How a kernel converts numbers on this device: the compile-time constants that say so."""
-    is_cuda = device.type == "cuda" and torch.version.hip is None
-    native = is_cuda and torch.cuda.get_device_capability(device) >= (8, 9)
-    return {"NATIVE": native, "INTERPRETED": knobs.runtime.interpret}
+    return {"NATIVE": device_target(device).has_fp8, "INTERPRETED": knobs.runtime.interpret}
 
 
 def target_constants(target: KernelTarget) -> dict[str, bool]:
     """`device_constants` of a GPU that is not there."""
-    native = target.kind == "cuda" and int(target.arch) >= 89
-    return {"NATIVE": native, "INTERPRETED": False}
+    return {"NATIVE": target.has_fp8, "INTERPRETED": False}
 
 
 @triton.jit(do_not_specialize=["n"])

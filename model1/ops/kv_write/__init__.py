@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model1.ops.backend import Operator
+from model1.ops.backend import Operator, calls_ref_directly
 from model1.ops.kv_cache import KVLayout
 from model1.ops.kv_write.checks import check_arguments
 from model1.ops.rope import Rotation
@@ -55,10 +55,16 @@ def norm_rope_store(
     check_arguments(
         kv, norm_weight, rotation, kv_cache, slot_mapping, layout, block_size, norm_width
     )
+    name = NORM_ROPE_STORE.resolve(backend, kv.device)
+    if calls_ref_directly(name):
+        return NORM_ROPE_STORE.load(name)(
+            kv, norm_weight, rotation, kv_cache, slot_mapping, layout=layout,
+            block_size=block_size, eps=eps, norm_width=norm_width, return_latent=return_latent,
+        )  # fmt: skip
     return torch.ops.model1.norm_rope_store(
         kv, norm_weight, rotation.cos, rotation.sin, kv_cache, slot_mapping,
         layout.name, layout.d_nope, layout.d_rope, block_size, eps, norm_width, return_latent,
-        NORM_ROPE_STORE.resolve(backend, kv.device),
+        name,
     )  # fmt: skip
 
 

@@ -25,8 +25,9 @@ def norm_rope_store_ref(
     return_latent: bool,
 ) -> Tensor:
     """See `model1.ops.kv_write.norm_rope_store`."""
-    normed = rms_norm(kv[:, :norm_width], norm_weight, eps)
-    latent = torch.cat([normed, kv[:, norm_width:]], dim=-1)
+    latent = rms_norm(kv[:, :norm_width], norm_weight, eps)
+    if norm_width < layout.d:
+        latent = torch.cat([latent, kv[:, norm_width:]], dim=-1)
     nope, rope = latent.split([layout.d_nope, layout.d_rope], dim=-1)
     latent = torch.cat([nope, apply_rope(rope, rotation)], dim=-1)
     quantize_and_store_ref(latent, kv_cache, slot_mapping, layout=layout, block_size=block_size)

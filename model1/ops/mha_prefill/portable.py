@@ -7,7 +7,6 @@ dims at run time and works on channels rounded up to a power of two (192 as 256,
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from model1.ops.channel_pieces import channel_pieces
 from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.ops.launch import device_target, launch_options
 from model1.ops.mha_prefill.portable_backward import (
     _mha_prefill_bwd_dkdv_kernel,
     _mha_prefill_bwd_dq_kernel,
@@ -103,7 +103,7 @@ def mha_prefill_backward_triton(
 
 
 def _config(kernel: Kernel, q: Tensor, v: Tensor) -> Config:
-    return choose_config(kernel, _target(q.device), max(q.shape[2], v.shape[2]), q.dtype)
+    return choose_config(kernel, device_target(q.device), max(q.shape[2], v.shape[2]), q.dtype)
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool, config: Config) ->
     """What a kernel is compiled for, and its options."""
     h, d, dv = q.shape[1], q.shape[2], v.shape[2]
     constants = _constexprs(h, h // k.shape[1], d, dv, causal, config)
-    return constants | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return constants | launch_options(config.num_warps, config.num_stages)
 
 
 def _constexprs(
@@ -140,17 +140,6 @@ def _constexprs(
 def _pieces(d: int, config: Config) -> tuple[tuple[int, int, int], ...]:
     # pieces of one width share their layouts, and with them registers
     return channel_pieces(0, d, config.channels, 64 if d > 64 else 16)
-
-
-@functools.cache
-def _target(device: torch.device) -> KernelTarget:
-    """What kernels are compiled for there."""
-    if device.type == "cpu":  # Triton's interpreter
-        return KernelTarget("cuda", 80)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return KernelTarget("hip", properties.gcnArchName.split(":")[0])
-    return KernelTarget("cuda", 10 * properties.major + properties.minor)
 
 
 _SIGNATURE = dict.fromkeys(("q", "k", "v", "out", "d_out", "dq", "dk", "dv"), "*bf16") | {

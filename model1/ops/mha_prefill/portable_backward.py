@@ -20,8 +20,11 @@ from model1.ops.mha_prefill.portable_forward import (
     add_weighted,
     dot_rows,
     load_rows,
+    query_tile,
+    request_bounds,
     scaled,
     store_rows,
+    visible_keys,
     zero_rows,
 )
 
@@ -65,20 +68,14 @@ def _mha_prefill_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dq and delta of one tile of queries of one head and request."""
-    pid = tl.program_id(0)
-    tile = num_tiles - 1 - pid % num_tiles
-    head = pid // num_tiles % H
-    request = pid // num_tiles // H
-    q_start = tl.load(cu_seqlens_q_ptr + request).to(tl.int64)
-    n = (tl.load(cu_seqlens_q_ptr + request + 1) - q_start).to(tl.int32)
+    tile, head, request = query_tile(num_tiles, H)
+    q_start, n = request_bounds(cu_seqlens_q_ptr, request)
     if tile * BLOCK_M >= n:
         return
-    k_start = tl.load(cu_seqlens_k_ptr + request).to(tl.int64)
-    s = (tl.load(cu_seqlens_k_ptr + request + 1) - k_start).to(tl.int32)
+    k_start, s = request_bounds(cu_seqlens_k_ptr, request)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     is_query = query < n
-    num_keys = s - (n - 1 - query) if CAUSAL else tl.zeros_like(query) + s
-    num_keys = tl.where(is_query, num_keys, 0)
+    num_keys = visible_keys(query, n, s, CAUSAL)
 
     k_ptr += k_start * stride_kt + (head // GROUP).to(tl.int64) * stride_kh
     v_ptr += k_start * stride_vt + (head // GROUP).to(tl.int64) * stride_vh
@@ -144,12 +141,10 @@ def _mha_prefill_bwd_dkdv_kernel(
     first_key = pid % num_tiles * BLOCK_N
     kv_head = pid // num_tiles % HKV
     request = pid // num_tiles // HKV
-    k_start = tl.load(cu_seqlens_k_ptr + request).to(tl.int64)
-    s = (tl.load(cu_seqlens_k_ptr + request + 1) - k_start).to(tl.int32)
+    k_start, s = request_bounds(cu_seqlens_k_ptr, request)
     if first_key >= s:
         return
-    q_start = tl.load(cu_seqlens_q_ptr + request).to(tl.int64)
-    n = (tl.load(cu_seqlens_q_ptr + request + 1) - q_start).to(tl.int32)
+    q_start, n = request_bounds(cu_seqlens_q_ptr, request)
     key = first_key + tl.arange(0, BLOCK_N)
     is_key = key < s
     # earlier queries see no key of this tile
@@ -167,7 +162,8 @@ def _mha_prefill_bwd_dkdv_kernel(
         head_q_ptr = q_ptr + q_start * stride_qt + head * stride_qh
         head_d_out_ptr = d_out_ptr + (q_start * H + head) * DV
         column = head * t + q_start
-        for start in range(first_query, n, BLOCK_M):
+        # nothing is kept in registers from tile to tile that can be computed again
+        for start in tl.range(first_query, n, BLOCK_M, disable_licm=True):
             query = start + tl.arange(0, BLOCK_M)
             is_query = query < n
             q = load_rows(head_q_ptr, query.to(tl.int64) * stride_qt, is_query, K_PIECES, True)
@@ -175,9 +171,7 @@ def _mha_prefill_bwd_dkdv_kernel(
             d_out = load_rows(head_d_out_ptr, offs_d_out, is_query, V_PIECES, True)
             lse = tl.load(lse_ptr + column + query, mask=is_query, other=0.0)
             delta = tl.load(delta_ptr + column + query, mask=is_query, other=0.0)
-            num_keys = s - (n - 1 - query) if CAUSAL else tl.zeros_like(query) + s
-            num_keys = tl.where(is_query, num_keys, 0)
-            is_visible = key[:, None] < num_keys[None, :]
+            is_visible = key[:, None] < visible_keys(query, n, s, CAUSAL)[None, :]
             weights = _weights(dot_rows(k, q) * logit_scale, lse[None, :], is_visible)
             dv = add_weighted(dv, weights.to(k[0].dtype), d_out)
             slope = weights * (dot_rows(v, d_out) - delta[None, :])

@@ -87,6 +87,28 @@ def scaled(x, factor):
 
 
 @triton.jit
+def query_tile(num_tiles, H: tl.constexpr):
+    """Tile of queries, head and request of this program."""
+    pid = tl.program_id(0)
+    # a request's last queries see the most keys under a causal mask: they start first
+    return num_tiles - 1 - pid % num_tiles, pid // num_tiles % H, pid // num_tiles // H
+
+
+@triton.jit
+def request_bounds(cu_seqlens_ptr, request):
+    """Where a request's rows start, and how many there are."""
+    start = tl.load(cu_seqlens_ptr + request).to(tl.int64)
+    return start, (tl.load(cu_seqlens_ptr + request + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def visible_keys(query, n, s, CAUSAL: tl.constexpr):
+    """How many of a request's first keys each query sees: none where there is no query."""
+    num_keys = s - (n - 1 - query) if CAUSAL else tl.zeros_like(query) + s
+    return tl.where(query < n, num_keys, 0)
+
+
+@triton.jit
 def _attend(
     q, out, largest, total, k_ptr, v_ptr, stride_kt, stride_vt, first, last, num_keys, s,
     logit_scale, K_PIECES: tl.constexpr, V_PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -140,21 +162,14 @@ def _mha_prefill_fwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One tile of queries of one head and request."""
-    pid = tl.program_id(0)
-    # a request's last queries see the most keys under a causal mask: they start first
-    tile = num_tiles - 1 - pid % num_tiles
-    head = pid // num_tiles % H
-    request = pid // num_tiles // H
-    q_start = tl.load(cu_seqlens_q_ptr + request).to(tl.int64)
-    n = (tl.load(cu_seqlens_q_ptr + request + 1) - q_start).to(tl.int32)
+    tile, head, request = query_tile(num_tiles, H)
+    q_start, n = request_bounds(cu_seqlens_q_ptr, request)
     if tile * BLOCK_M >= n:
         return
-    k_start = tl.load(cu_seqlens_k_ptr + request).to(tl.int64)
-    s = (tl.load(cu_seqlens_k_ptr + request + 1) - k_start).to(tl.int32)
+    k_start, s = request_bounds(cu_seqlens_k_ptr, request)
     query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     is_query = query < n
-    num_keys = s - (n - 1 - query) if CAUSAL else tl.zeros_like(query) + s
-    num_keys = tl.where(is_query, num_keys, 0)
+    num_keys = visible_keys(query, n, s, CAUSAL)
     end = tl.max(num_keys, 0)
     # keys that every row sees need no mask
     full = s - (n - 1 - tile * BLOCK_M) if CAUSAL else s

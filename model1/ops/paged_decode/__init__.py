@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from model1.ops.backend import Operator
+from model1.ops.backend import Operator, calls_ref_directly
 from model1.ops.kv_cache import KVLayout
 from model1.ops.paged_decode.checks import check_cache_arguments, check_query
 
@@ -73,11 +73,19 @@ def paged_decode(
     size = check_cache_arguments(
         q, kv_cache, block_table, cache_seqlens, layout, block_size, value_dim
     )
+    name = PAGED_DECODE.resolve(backend, q.device)
+    if calls_ref_directly(name):
+        return PAGED_DECODE.load(name)(
+            q, kv_cache, block_table, cache_seqlens, cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q or 0, attn_sink=attn_sink, layout=layout, block_size=size,
+            value_dim=value_dim, softmax_scale=softmax_scale, causal=causal, empty_lse=empty_lse,
+            deterministic=deterministic,
+        )  # fmt: skip
     return torch.ops.model1.paged_decode(
         q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, attn_sink,
         None if layout is None else layout.name, 0 if layout is None else layout.d_nope,
         0 if layout is None else layout.d_rope, size, max_seqlen_q or 0, value_dim,
-        softmax_scale, causal, empty_lse, deterministic, PAGED_DECODE.resolve(backend, q.device),
+        softmax_scale, causal, empty_lse, deterministic, name,
     )  # fmt: skip
 
 

@@ -1,13 +1,12 @@
 """Paged decode in Triton, for any GPU: the launches and the list of kernels.
 
-Two launches: the split kernel, then the combine kernel unless there is one split. Nothing waits
-for the device, and whatever the host decides follows from shapes, so that both can be captured in
-a CUDA graph and replayed with other lengths.
+Two launches: the main kernel, then the combine kernel unless every part is a whole request.
+Nothing waits for the device, and whatever the host decides follows from shapes, so that both can
+be captured in a CUDA graph and replayed with other lengths.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -18,19 +17,19 @@ from torch import Tensor
 from model1.ops.channel_pieces import channel_pieces
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
+from model1.ops.launch import device_target, launch_options, num_sms
 from model1.ops.paged_decode.portable_combine import _flash_fwd_mla_combine_kernel
 from model1.ops.paged_decode.portable_kernel import _flash_fwd_splitkv_mla_kernel
 from model1.ops.paged_decode.portable_sizes import (
     Config,
-    Cut,
     Problem,
+    Schedule,
     choose_config,
-    choose_cut,
+    choose_schedule,
 )
 
-_COMBINE_SPLITS = 32
-_COMBINE_CHANNELS = 128
 _COMBINE_WARPS = 4
+_FORMS = {"whole": 0, "balanced": 1, "fixed": 2}  # as `portable_schedule` numbers them
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,88 +54,93 @@ def paged_decode_triton(
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.paged_decode.paged_decode`. fp32 queries multiply in IEEE fp32, slowly.
 
-    Takes scratch memory of 4 * rows of q * value_dim * number of splits bytes; with deterministic
-    that number is the width of the table over `Config.deterministic_split_keys` tokens.
+    Takes scratch memory of at most 8 * BLOCK_M * value_dim bytes for each program that the GPU runs
+    at a time; with deterministic of 4 * rows of q * value_dim bytes for every
+    `Config.deterministic_part_keys` tokens that the table is wide.
     """
     out = torch.empty(*q.shape[:-1], value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if q.numel() == 0 or len(block_table) == 0:
         return out, lse
     kv_cache, layout = _without_plain_layout(kv_cache, layout, block_size)
-    hkv = kv_cache.shape[2] if layout is None else 1
-    problem = Problem(
-        layout=layout, dtype=q.dtype, d=q.shape[-1], value_dim=value_dim,
-        group=q.shape[-2] // hkv, hkv=hkv, block_size=block_size, b=len(block_table),
-        s_q=q.shape[1] if cu_seqlens_q is None else max_seqlen_q,
-        max_seqlen=block_table.shape[1] * block_size, softmax_scale=softmax_scale, causal=causal,
-        empty_lse=empty_lse, deterministic=deterministic,
+    problem = _problem(
+        q, kv_cache, block_table, layout=layout, block_size=block_size, value_dim=value_dim,
+        s_q=None if cu_seqlens_q is None else max_seqlen_q, softmax_scale=softmax_scale,
+        causal=causal, empty_lse=empty_lse, deterministic=deterministic,
     )  # fmt: skip
-    config = config or choose_config(_device(q.device)[0], problem)
-    cut = choose_cut(config, problem, _device(q.device)[1])
-    shared = _shared_arguments(problem, cut, cache_seqlens, cu_seqlens_q, attn_sink)
-    results = _partial_results(out, lse, cut.num_splits) if cut.num_splits > 1 else (out, lse)
+    config = config or choose_config(device_target(q.device), problem)
+    schedule = choose_schedule(config, problem, num_sms(q.device))
+    shared = {
+        "cache_seqlens_ptr": cache_seqlens, "cu_seqlens_q_ptr": cu_seqlens_q,
+        "attn_sink_ptr": attn_sink, "out_ptr": out, "lse_ptr": lse,
+        **_partial_results(problem, config, schedule, q.device), **_sizes(problem, schedule),
+    }  # fmt: skip
     with torch.cuda.device_of(q):
-        _launch_splits(problem, config, cut, q, kv_cache, block_table, results, shared)
-        if cut.num_splits > 1:
-            _launch_combine(problem, config, results, (out, lse), shared)
+        _launch_parts(problem, config, schedule, q, kv_cache, block_table, shared)
+        if schedule.form == "balanced" or schedule.max_chunks > 1:
+            _launch_combine(problem, config, schedule, shared)
     return out, lse
 
 
-def _launch_splits(
-    problem: Problem, config: Config, cut: Cut, q: Tensor, kv_cache: Tensor, block_table: Tensor,
-    results: tuple[Tensor, Tensor], shared: dict[str, Any],
+def _problem(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, *, layout: KVLayout | None, block_size: int,
+    s_q: int | None, **options: Any,
+) -> Problem:  # fmt: skip
+    """The shapes of a call; s_q: the most queries of a request if they differ."""
+    hkv = kv_cache.shape[2] if layout is None else 1
+    return Problem(
+        layout=layout, dtype=q.dtype, d=q.shape[-1], group=q.shape[-2] // hkv, hkv=hkv,
+        block_size=block_size, b=len(block_table), s_q=q.shape[1] if s_q is None else s_q,
+        max_seqlen=block_table.shape[1] * block_size, is_ragged=s_q is not None, **options,
+    )  # fmt: skip
+
+
+def _launch_parts(
+    problem: Problem, config: Config, schedule: Schedule, q: Tensor, kv_cache: Tensor,
+    block_table: Tensor, shared: dict[str, Any],
 ) -> None:  # fmt: skip
-    programs = problem.b * problem.hkv * cut.row_tiles * cut.num_splits
-    target = _device(q.device)[0]
+    programs = schedule.num_parts * problem.hkv * schedule.row_tiles
     _flash_fwd_splitkv_mla_kernel[(programs,)](
-        q_ptr=q, block_table_ptr=block_table, out_ptr=results[0], lse_ptr=results[1],
-        stride_table=block_table.stride(0), row_tiles=cut.row_tiles,
+        q_ptr=q, block_table_ptr=block_table, stride_table=block_table.stride(0),
         softmax_scale=problem.softmax_scale,
         **_query_strides(q), **_cache_arguments(kv_cache, problem), **shared,
-        **_split_constants(problem, config, target, is_split=cut.num_splits > 1),
-        **_options(config.num_warps, config.num_stages),
+        **_main_constants(problem, config, schedule.form, device_target(q.device)),
+        **launch_options(config.num_warps, config.num_stages),
     )  # fmt: skip
 
 
 def _launch_combine(
-    problem: Problem, config: Config, partial: tuple[Tensor, Tensor],
-    results: tuple[Tensor, Tensor], shared: dict[str, Any],
-) -> None:  # fmt: skip
-    constants = _combine_constants(problem, config)
-    rows = problem.b * problem.s_q * problem.group * problem.hkv
+    problem: Problem, config: Config, schedule: Schedule, shared: dict[str, Any]
+) -> None:
+    candidates = min(problem.b, schedule.num_parts)
+    constants = _combine_constants(problem, config, schedule.form, schedule.num_parts)
+    rows = candidates * problem.hkv * schedule.row_tiles * config.block_m
     programs = rows * triton.cdiv(problem.value_dim, constants["BLOCK_C"])
     _flash_fwd_mla_combine_kernel[(programs,)](
-        partial_out_ptr=partial[0], partial_lse_ptr=partial[1], out_ptr=results[0],
-        lse_ptr=results[1], **shared, **constants, **_options(_COMBINE_WARPS, 1),
-    )  # fmt: skip
+        **shared, **constants, **launch_options(_COMBINE_WARPS, 1)
+    )
 
 
-def _shared_arguments(
-    problem: Problem, cut: Cut, cache_seqlens: Tensor, cu_seqlens_q: Tensor | None,
-    attn_sink: Tensor | None,
-) -> dict[str, Any]:  # fmt: skip
-    """What both kernels take."""
+def _sizes(problem: Problem, schedule: Schedule) -> dict[str, Any]:
+    """The numbers that both kernels take."""
     return {
-        "cache_seqlens_ptr": cache_seqlens,
-        "cu_seqlens_q_ptr": cu_seqlens_q,
-        "attn_sink_ptr": attn_sink,
-        "s_q": problem.s_q,
-        "max_seqlen": problem.max_seqlen,
-        "num_splits": cut.num_splits,
-        "min_split_tiles": cut.min_split_tiles,
+        "row_tiles": schedule.row_tiles, "b": problem.b, "s_q": problem.s_q,
+        "max_seqlen": problem.max_seqlen, "num_parts": schedule.num_parts,
+        "part_tiles": schedule.part_tiles, "max_chunks": schedule.max_chunks,
         "empty_lse": problem.empty_lse,
-    }
+    }  # fmt: skip
 
 
-def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    return {"num_warps": num_warps, "num_stages": num_stages}
-
-
-def _partial_results(out: Tensor, lse: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
-    """Space for the normalised output and the base-2 log-sum-exp of every row and split."""
-    *rows, value_dim = out.shape
-    partial_out = torch.empty(*rows, num_splits, value_dim, dtype=torch.float32, device=out.device)
-    return partial_out, torch.empty(*rows, num_splits, dtype=lse.dtype, device=out.device)
+def _partial_results(
+    problem: Problem, config: Config, schedule: Schedule, device: torch.device
+) -> dict[str, Tensor | None]:
+    """Space for the normalised output and the base-2 log-sum-exp of every slot and row."""
+    if schedule.num_slots == 0:
+        return {"partial_out_ptr": None, "partial_lse_ptr": None}
+    rows = (schedule.num_slots, problem.hkv * schedule.row_tiles * config.block_m)
+    out = torch.empty(*rows, problem.value_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(rows, dtype=torch.float32, device=device)
+    return {"partial_out_ptr": out, "partial_lse_ptr": lse}
 
 
 def _without_plain_layout(
@@ -174,8 +178,8 @@ def _cache_arguments(kv_cache: Tensor, problem: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _split_constants(
-    problem: Problem, config: Config, target: KernelTarget, *, is_split: bool
+def _main_constants(
+    problem: Problem, config: Config, form: str, target: KernelTarget
 ) -> dict[str, Any]:
     layout = problem.layout
     d_nope = problem.d if layout is None else layout.d_nope
@@ -183,9 +187,6 @@ def _split_constants(
     pieces += channel_pieces(d_nope, problem.d, config.channels)
     return {
         "D_NOPE": d_nope,
-        "VALUE_DIM": problem.value_dim,
-        "GROUP": problem.group,
-        "HKV": problem.hkv,
         "BLOCK_SIZE": problem.block_size,
         "TILE": 1 if layout is None else layout.tile,
         "STRIDE_ROPE_ROW": 0 if layout is None else layout.row_bytes // 2,
@@ -195,36 +196,35 @@ def _split_constants(
         "PIECES": pieces,
         "NUM_VALUE_PIECES": sum(start < problem.value_dim for start, _, _ in pieces),
         "CAUSAL": problem.causal,
-        "IS_SPLIT": is_split,
-        "HAS_FP8": target.kind == "cuda" and int(target.arch) >= 89,
+        "HAS_FP8": target.has_fp8,
         "COMPUTE": _TYPES[problem.dtype],
+        "SPLIT_SCORES": config.split_scores,
+        **_shared_constants(problem, config, form),
+    }
+
+
+def _shared_constants(problem: Problem, config: Config, form: str) -> dict[str, Any]:
+    return {
+        "GROUP": problem.group,
+        "HKV": problem.hkv,
+        "VALUE_DIM": problem.value_dim,
+        "SCHEDULE": _FORMS[form],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "BLOCK_B": max(16, triton.next_power_of_2(problem.b)) if form == "balanced" else 1,
     }
 
 
-def _combine_constants(problem: Problem, config: Config) -> dict[str, Any]:
+def _combine_constants(
+    problem: Problem, config: Config, form: str, num_parts: int
+) -> dict[str, Any]:
+    """A program merges all of a row from few parts, or some of its channels from many."""
+    wide = triton.next_power_of_2(problem.value_dim)
+    parts, channels = (8, wide) if num_parts <= 8 * problem.b else (32, min(128, wide))
     return {
-        "H": problem.group * problem.hkv,
-        "VALUE_DIM": problem.value_dim,
-        "CAUSAL": problem.causal,
-        "BLOCK_N": config.block_n,
-        "BLOCK_S": _COMBINE_SPLITS,
-        "BLOCK_C": min(_COMBINE_CHANNELS, triton.next_power_of_2(problem.value_dim)),
-    }
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[KernelTarget, int]:
-    """What kernels are compiled for there, and the number of SMs (or compute units)."""
-    if device.type == "cpu":  # Triton's interpreter
-        return KernelTarget("cuda", 80), 1
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        target = KernelTarget("hip", properties.gcnArchName.split(":")[0])
-    else:
-        target = KernelTarget("cuda", 10 * properties.major + properties.minor)
-    return target, properties.multi_processor_count
+        "BY_PART": problem.b > num_parts, "BLOCK_S": parts, "BLOCK_C": channels,
+        **_shared_constants(problem, config, form),
+    }  # fmt: skip
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
@@ -239,28 +239,30 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         for h in (16, 128):
             problem = Problem(
                 layout=layout, dtype=torch.bfloat16, d=d, value_dim=512, group=h, hkv=1,
-                block_size=64, b=1, s_q=1, max_seqlen=1, softmax_scale=1.0, causal=False,
+                block_size=64, b=128, s_q=1, max_seqlen=1, softmax_scale=1.0, causal=False,
                 empty_lse=0.0, deterministic=False,
             )  # fmt: skip
             config = choose_config(target, problem)
             name = f"{layout.name if layout else 'bf16'} {d} h{h}"
-            cases += [_split_case(name, problem, config, target, split) for split in (False, True)]
+            forms = ("balanced", "fixed", "whole") if layout is None else ("balanced",)
+            cases += [_main_case(name, problem, config, target, form) for form in forms]
             if layout is None:
-                cases.append(_combine_case(name, problem, config))
+                cases.append(_combine_case(name, problem, config, "balanced"))
     return cases
 
 
 _SIGNATURE = {
     "q_ptr": "*bf16", "rope_ptr": "*bf16", "block_table_ptr": "*i32", "cache_seqlens_ptr": "*i32",
-    "stride_table": "i32", "row_tiles": "i32", "softmax_scale": "fp32", "s_q": "i32",
-    "max_seqlen": "i32", "num_splits": "i32", "min_split_tiles": "i32", "empty_lse": "fp32",
-    "partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32", "out_ptr": "*bf16", "lse_ptr": "*fp32",
+    "stride_table": "i32", "row_tiles": "i32", "softmax_scale": "fp32", "b": "i32", "s_q": "i32",
+    "max_seqlen": "i32", "num_parts": "i32", "part_tiles": "i32", "max_chunks": "i32",
+    "empty_lse": "fp32", "partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32",
+    "out_ptr": "*bf16", "lse_ptr": "*fp32",
 }  # fmt: skip
 _ABSENT = {"cu_seqlens_q_ptr": None, "attn_sink_ptr": None}
 
 
-def _split_case(
-    name: str, problem: Problem, config: Config, target: KernelTarget, is_split: bool
+def _main_case(
+    name: str, problem: Problem, config: Config, target: KernelTarget, form: str
 ) -> CompileCase:
     layout, d = problem.layout, problem.d
     stride_row = d if layout is None else layout.row_bytes
@@ -271,26 +273,26 @@ def _split_case(
         "STRIDE_ROW": stride_row,
     }  # fmt: skip
     absent = _ABSENT | ({"rope_ptr": None, "scale_ptr": None} if layout is None else {})
-    constants = _split_constants(problem, config, target, is_split=is_split)
-    kv = "*bf16" if layout is None else "*u8"
+    if form == "whole":
+        absent |= {"partial_out_ptr": None, "partial_lse_ptr": None}
     scale = "*fp32" if layout is not None and layout.name == "v32_fp8" else "*i32"
-    out = "*fp32" if is_split else "*bf16"
+    kv = "*bf16" if layout is None else "*u8"
     return CompileCase(
-        name=f"flash_fwd_splitkv_mla {name}{' split' if is_split else ''}",
+        name=f"flash_fwd_splitkv_mla {name} {form}",
         kernel=_flash_fwd_splitkv_mla_kernel,
-        signature=_SIGNATURE | {"kv_ptr": kv, "scale_ptr": scale, "out_ptr": out},
-        constexprs=constants | strides | absent,
+        signature=_SIGNATURE | {"kv_ptr": kv, "scale_ptr": scale},
+        constexprs=_main_constants(problem, config, form, target) | strides | absent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
-def _combine_case(name: str, problem: Problem, config: Config) -> CompileCase:
+def _combine_case(name: str, problem: Problem, config: Config, form: str) -> CompileCase:
     return CompileCase(
         name=f"flash_fwd_mla_combine {name}",
         kernel=_flash_fwd_mla_combine_kernel,
         signature=_SIGNATURE,
-        constexprs=_combine_constants(problem, config) | _ABSENT,
+        constexprs=_combine_constants(problem, config, form, 1) | _ABSENT,
         num_warps=_COMBINE_WARPS,
         num_stages=1,
     )

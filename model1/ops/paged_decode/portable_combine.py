@@ -1,8 +1,7 @@
-"""Where the keys of a request are cut, and how partial results become one: Triton.
+"""How the partial results of a row become one: Triton.
 
-Attention over a few rows is limited by how many processors read the cache, so the keys of a
-request are cut into splits. A split leaves, per row, its normalised output and the base-2
-logarithm of its softmax denominator; the combine kernel weighs the outputs by the denominators.
+Each part of a request leaves, per row, its normalised output and the base-2 logarithm of its
+softmax denominator (`portable_schedule`); this kernel weighs the outputs by the denominators.
 """
 
 # pyright: reportMissingParameterType=none
@@ -13,35 +12,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model1.ops.paged_decode.portable_schedule import (
+    BALANCED,
+    all_tiles,
+    balanced_range,
+    first_query_of,
+    num_queries_of,
+    request_at,
+    seqlen_of,
+    tiles_before,
+    tiles_of,
+)
+
 # Below every logit in use, yet finite: a row that has seen no key must not compute inf - inf.
 LOWEST_LOGIT = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def keys_per_split(seqlen, num_splits, min_split_tiles, BLOCK_N: tl.constexpr):
-    """Keys of one split, whole tiles: an even share of the request, at least min_split_tiles."""
-    share = tl.cdiv(tl.cdiv(seqlen, BLOCK_N), num_splits)
-    return tl.maximum(share, min_split_tiles) * BLOCK_N
-
-
-@triton.jit
-def first_query_of(cu_seqlens_q_ptr, request, s_q):
-    """The request's first row in a flat list of queries."""
-    if cu_seqlens_q_ptr is None:
-        return request.to(tl.int64) * s_q
-    else:
-        return tl.load(cu_seqlens_q_ptr + request).to(tl.int64)
-
-
-@triton.jit
-def num_queries_of(cu_seqlens_q_ptr, request, s_q):
-    """How many queries the request has."""
-    if cu_seqlens_q_ptr is None:
-        return s_q
-    else:
-        return tl.load(cu_seqlens_q_ptr + request + 1) - tl.load(cu_seqlens_q_ptr + request)
 
 
 @triton.jit
@@ -59,55 +45,96 @@ def natural_lse(log2_sum, empty_lse):
     return tl.where(log2_sum == float("-inf"), empty_lse, log2_sum * LN_2)
 
 
-@triton.jit(do_not_specialize=["s_q", "max_seqlen", "num_splits", "min_split_tiles"])
+@triton.jit
+def _parts_to_merge(
+    cache_seqlens_ptr, candidate, b, max_seqlen, num_parts, part_tiles, max_chunks,
+    SCHEDULE: tl.constexpr, BY_PART: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A request, its first part and how many it has; 0 if there is nothing to merge.
+
+    The candidate is a request or, BY_PART, the part in which a request begins that goes on behind
+    it: there is no second one.
+    """
+    if SCHEDULE == BALANCED:
+        tiles = all_tiles(cache_seqlens_ptr, b, max_seqlen, BLOCK_B, BLOCK_N)
+        first, last, part_tiles = balanced_range(
+            tiles, candidate if BY_PART else 0, num_parts, part_tiles
+        )
+        request = tl.minimum(request_at(tiles, last - 1), b - 1) if BY_PART else candidate
+        begin = tiles_before(tiles, request)
+        end = begin + tiles_of(seqlen_of(cache_seqlens_ptr, request, max_seqlen), BLOCK_N)
+        first_part = begin // part_tiles
+        num_merged = (end - 1) // part_tiles - first_part + 1
+        if BY_PART:
+            num_merged = tl.where((first < last) & (first_part == candidate), num_merged, 0)
+    else:
+        request, first_part = candidate, candidate * max_chunks
+        tiles = tiles_of(seqlen_of(cache_seqlens_ptr, candidate, max_seqlen), BLOCK_N)
+        num_merged = tl.cdiv(tiles, part_tiles)
+    return request, first_part, tl.where(num_merged > 1, num_merged, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "row_tiles", "b", "s_q", "max_seqlen", "num_parts", "part_tiles", "max_chunks",
+    ]
+)  # fmt: skip
 def _flash_fwd_mla_combine_kernel(
-    partial_out_ptr,  # [t, h, num_splits, VALUE_DIM] fp32
-    partial_lse_ptr,  # [t, h, num_splits] fp32, base 2
+    partial_out_ptr,  # [slots, HKV * row_tiles, BLOCK_M, VALUE_DIM] fp32
+    partial_lse_ptr,  # [slots, HKV * row_tiles, BLOCK_M] fp32, base 2
     cache_seqlens_ptr,
     cu_seqlens_q_ptr,
     attn_sink_ptr,
     out_ptr,
     lse_ptr,
+    row_tiles,
+    b,
     s_q,
     max_seqlen,
-    num_splits,
-    min_split_tiles,
+    num_parts,
+    part_tiles,
+    max_chunks,
     empty_lse,
-    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    HKV: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    BY_PART: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
-    """BLOCK_C channels of one row (query and head): the sum over the splits that have keys."""
+):  # fmt: skip
+    """BLOCK_C channels of one row (query and head) of a request that was cut."""
     pid = tl.program_id(0)
     channel_start = pid % tl.cdiv(VALUE_DIM, BLOCK_C) * BLOCK_C
     pid = pid // tl.cdiv(VALUE_DIM, BLOCK_C)
-    head = pid % H
-    query = pid // H % s_q
-    request = pid // H // s_q
-    num_queries = num_queries_of(cu_seqlens_q_ptr, request, s_q)
-    if query >= num_queries:
+    row = pid % BLOCK_M
+    tile = pid // BLOCK_M % (row_tiles * HKV)
+    request, first_part, num_merged = _parts_to_merge(
+        cache_seqlens_ptr, pid // BLOCK_M // (row_tiles * HKV), b, max_seqlen, num_parts,
+        part_tiles, max_chunks, SCHEDULE, BY_PART, BLOCK_B, BLOCK_N,
+    )  # fmt: skip
+    offs_r = tile % row_tiles * BLOCK_M + row
+    query = offs_r // GROUP
+    if (num_merged == 0) | (query >= num_queries_of(cu_seqlens_q_ptr, request, s_q)):
         return
-    seqlen = tl.minimum(tl.maximum(tl.load(cache_seqlens_ptr + request), 0), max_seqlen)
-    num_keys = seqlen - (num_queries - 1 - query) if CAUSAL else seqlen
-    split_keys = keys_per_split(seqlen, num_splits, min_split_tiles, BLOCK_N)
-    num_used = tl.cdiv(tl.maximum(num_keys, 0), split_keys)
 
-    row = (first_query_of(cu_seqlens_q_ptr, request, s_q) + query) * H + head
     offs_c = channel_start + tl.arange(0, BLOCK_C)
     largest = tl.full([1], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([1], tl.float32)
     out = tl.zeros([1, BLOCK_C], tl.float32)
-    for start in range(0, num_used, BLOCK_S):
+    for start in range(0, num_merged, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        is_used = offs_s < num_used
-        log2_sum = tl.load(
-            partial_lse_ptr + row * num_splits + offs_s, mask=is_used, other=float("-inf")
-        )
+        is_used = offs_s < num_merged
+        slot = first_part + offs_s
+        if SCHEDULE == BALANCED:
+            slot = 2 * slot + (offs_s == 0)
+        at = (slot.to(tl.int64) * (row_tiles * HKV) + tile) * BLOCK_M + row
+        log2_sum = tl.load(partial_lse_ptr + at, mask=is_used, other=float("-inf"))
         partial = tl.load(
-            partial_out_ptr + ((row * num_splits + offs_s) * VALUE_DIM)[:, None] + offs_c[None, :],
+            partial_out_ptr + (at * VALUE_DIM)[:, None] + offs_c[None, :],
             mask=is_used[:, None] & (offs_c < VALUE_DIM)[None, :],
             other=0.0,
         )
@@ -121,10 +148,12 @@ def _flash_fwd_mla_combine_kernel(
     total = tl.where(is_empty, 1.0, total)
     log2_sum = tl.where(is_empty, float("-inf"), largest + tl.log2(total))
     out = out / total[:, None]
+    head = tile // row_tiles * GROUP + offs_r % GROUP
     if attn_sink_ptr is not None:
         out *= sink_factor(attn_sink_ptr, head, head >= 0, log2_sum)[:, None]
-    offs_out = row * VALUE_DIM + offs_c
+    at = first_query_of(cu_seqlens_q_ptr, request, s_q) + query
+    at = at.to(tl.int64) * (HKV * GROUP) + head
     out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offs_out[None, :], out, mask=(offs_c < VALUE_DIM)[None, :])
+    tl.store(out_ptr + (at * VALUE_DIM + offs_c)[None, :], out, mask=(offs_c < VALUE_DIM)[None, :])
     if channel_start == 0:
-        tl.store(lse_ptr + row + tl.arange(0, 1), natural_lse(log2_sum, empty_lse))
+        tl.store(lse_ptr + at + tl.arange(0, 1), natural_lse(log2_sum, empty_lse))

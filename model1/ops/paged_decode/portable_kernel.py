@@ -1,4 +1,4 @@
-"""The main kernel of paged decode: one tile of rows over one split of a request's keys, Triton.
+"""The main kernel of paged decode: one tile of rows over one part of the keys, Triton.
 
 The rows of a tile are (query, head) pairs that share a key head: row r is head r % GROUP of query
 r // GROUP, so that any head count fills the tile. Channels are cut into pieces, each with an
@@ -6,8 +6,9 @@ accumulator of its own: one wide accumulator would not stay in registers. A piec
 loaded once and serves both products.
 """
 
-# pyright: reportMissingParameterType=none
-# Only constexpr parameters of a kernel carry types.
+# Only constexpr parameters of a kernel carry types; loops over tl.static_range exist only when
+# compiled.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
@@ -18,11 +19,21 @@ from model1.ops.kv_cache.bits import e4m3_to_fp32, e8m0_to_fp32
 from model1.ops.paged_decode.portable_combine import (
     LOG2_E,
     LOWEST_LOGIT,
-    first_query_of,
-    keys_per_split,
     natural_lse,
-    num_queries_of,
     sink_factor,
+)
+from model1.ops.paged_decode.portable_schedule import (
+    BALANCED,
+    FIXED,
+    WHOLE,
+    all_tiles,
+    balanced_range,
+    first_query_of,
+    num_queries_of,
+    request_at,
+    seqlen_of,
+    tiles_before,
+    tiles_of,
 )
 
 
@@ -104,104 +115,75 @@ def _keys(
         )  # fmt: skip
 
 
-# These change from call to call: a kernel for each kind of number would be compiled in mid-service.
-@triton.jit(
-    do_not_specialize=[
-        "stride_table", "row_tiles", "s_q", "max_seqlen", "num_splits", "min_split_tiles",
-    ]
-)  # fmt: skip
-def _flash_fwd_splitkv_mla_kernel(
-    q_ptr,
-    kv_ptr,
-    rope_ptr,  # 8-bit caches: the first token's rotary channels, bf16; else None
-    scale_ptr,  # 8-bit caches: the first token's scales, fp32 or e8m0 bytes; else None
-    block_table_ptr,
-    cache_seqlens_ptr,
-    cu_seqlens_q_ptr,
-    attn_sink_ptr,
-    out_ptr,  # [t, h, VALUE_DIM], or partial results as the combine kernel reads them
-    lse_ptr,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_block,
-    stride_head,
-    stride_table,
-    row_tiles,
-    softmax_scale,
-    s_q,
-    max_seqlen,
-    num_splits,
-    min_split_tiles,
-    empty_lse,
-    D_NOPE: tl.constexpr,  # 8-bit channels
-    VALUE_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    HKV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    STRIDE_ROW: tl.constexpr,
-    STRIDE_ROPE_ROW: tl.constexpr,
-    STRIDE_SCALE_ROW: tl.constexpr,
-    PIECES: tl.constexpr,  # (first channel, width, end) of each piece
-    NUM_VALUE_PIECES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    HAS_FP8: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One tile of rows over the keys of one split."""
-    pid = tl.program_id(0)
-    row_tile = pid % row_tiles
-    pid = pid // row_tiles
-    kv_head = pid % HKV
-    split = pid // HKV % num_splits
-    request = pid // HKV // num_splits
-    first_query = first_query_of(cu_seqlens_q_ptr, request, s_q)
-    num_queries = num_queries_of(cu_seqlens_q_ptr, request, s_q)
-    if row_tile * BLOCK_M >= num_queries * GROUP:
-        return
-
-    offs_r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = offs_r // GROUP
-    head = kv_head * GROUP + offs_r % GROUP
-    is_row = query < num_queries
-    seqlen = tl.minimum(tl.maximum(tl.load(cache_seqlens_ptr + request), 0), max_seqlen)
-    start = split * keys_per_split(seqlen, num_splits, min_split_tiles, BLOCK_N)
-    end = start + keys_per_split(seqlen, num_splits, min_split_tiles, BLOCK_N)
-    if CAUSAL:
-        last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
-        end = tl.minimum(end, seqlen - (num_queries - 1 - last_query))
-        num_keys = tl.minimum(seqlen - (num_queries - 1 - query), end)
-    else:
-        end = tl.minimum(end, seqlen)
-    if IS_SPLIT and start >= end:
-        return
-
-    if cu_seqlens_q_ptr is None:
-        q_ptr += request.to(tl.int64) * stride_qb
-    else:
-        q_ptr += first_query * stride_qs
-    offs_q = query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
-    q = ()
-    out = ()
-    for i in tl.static_range(len(PIECES)):
+@triton.jit
+def _store(
+    out_ptr, out, factor, row, is_row, VALUE_DIM: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """out * factor, piece by piece, to rows of VALUE_DIM channels."""
+    for i in tl.static_range(len(out)):
         offs_c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
-        mask = is_row[:, None] & (offs_c < PIECES[i][2])[None, :]
-        q += (tl.load(q_ptr + offs_q[:, None] + offs_c[None, :], mask=mask, other=0.0),)
-        if i < NUM_VALUE_PIECES:
-            out += (tl.zeros(q[i].shape, tl.float32),)
+        mask = is_row[:, None] & (offs_c < min(PIECES[i][2], VALUE_DIM))[None, :]
+        result = (out[i] * factor[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (row * VALUE_DIM)[:, None] + offs_c[None, :], result, mask=mask)
 
+
+@triton.jit
+def _scaled_scores(q, k, scale, SPLIT_SCORES: tl.constexpr):
+    """scale * q . k^T over all pieces; SPLIT_SCORES scales first: no product feeds another."""
+    scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
+    if SPLIT_SCORES:
+        scores *= scale
+        for i in tl.static_range(1, len(q)):
+            scores += tl.dot(q[i], tl.trans(k[i]), input_precision="ieee") * scale
+    else:
+        for i in tl.static_range(1, len(q)):
+            scores = tl.dot(q[i], tl.trans(k[i]), acc=scores, input_precision="ieee")
+        scores *= scale
+    return scores
+
+
+@triton.jit
+def _softmax_step(logits, is_visible, total, largest):
+    """The weights of a tile's keys, the new sum and maximum, and the factor of all before."""
+    logits = tl.where(is_visible, logits, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_largest[:, None])
+    decay = tl.exp2(largest - new_largest)
+    return weights, total * decay + tl.sum(weights, 1), new_largest, decay
+
+
+@triton.jit
+def _add_values(out, decay, weights, values):
+    """out * decay + weights @ values, piece by piece."""
+    new = ()
+    for i in tl.static_range(len(out)):
+        kept = out[i] * decay[:, None]
+        new += (tl.dot(weights, values[i], acc=kept, input_precision="ieee"),)
+    return new
+
+
+@triton.jit
+def _attend(
+    q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys, logit_scale,
+    D_NOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STRIDE_ROW: tl.constexpr,
+    STRIDE_ROPE_ROW: tl.constexpr, STRIDE_SCALE_ROW: tl.constexpr, PIECES: tl.constexpr,
+    NUM_VALUE_PIECES: tl.constexpr, CAUSAL: tl.constexpr, HAS_FP8: tl.constexpr,
+    COMPUTE: tl.constexpr, SPLIT_SCORES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys start <= n < end: the sum of weighted values per piece, the sum of weights, the maximum.
+
+    With CAUSAL row r sees the first num_keys[r] of them only.
+    """
+    out = ()
+    for i in tl.static_range(NUM_VALUE_PIECES):
+        out += (tl.zeros(q[i].shape, tl.float32),)
     offs_n = tl.arange(0, BLOCK_N)
-    kv_ptr += kv_head.to(tl.int64) * stride_head
-    table_ptr = block_table_ptr + request.to(tl.int64) * stride_table
-    logit_scale = softmax_scale * LOG2_E
     largest = tl.full([BLOCK_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     block_ids = _block_ids(table_ptr, start, offs_n, end, BLOCK_SIZE, BLOCK_N)
-    for n in range(start, end, BLOCK_N):
+    # nothing is kept in registers from tile to tile that can be computed again
+    for n in tl.range(start, end, BLOCK_N, disable_licm=SPLIT_SCORES):
         is_key = n + offs_n < end
         offs = (n + offs_n) % BLOCK_SIZE
         k = ()
@@ -215,38 +197,157 @@ def _flash_fwd_splitkv_mla_kernel(
         # the next tile's blocks are on their way while this one is used
         block_ids = _block_ids(table_ptr, n + BLOCK_N, offs_n, end, BLOCK_SIZE, BLOCK_N)
 
-        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for i in tl.static_range(len(PIECES)):
-            logits = tl.dot(q[i], tl.trans(k[i]), acc=logits, input_precision="ieee")
+        logits = _scaled_scores(q, k, logit_scale, SPLIT_SCORES)
         is_visible = (n + offs_n)[None, :] < num_keys[:, None] if CAUSAL else is_key[None, :]
-        logits = tl.where(is_visible, logits * logit_scale, float("-inf"))
-        previous = largest
-        largest = tl.maximum(previous, tl.max(logits, 1))
-        weights = tl.exp2(logits - largest[:, None])
-        decay = tl.exp2(previous - largest)
-        total = total * decay + tl.sum(weights, 1)
-        weights = weights.to(COMPUTE)
-        updated = ()
-        for i in tl.static_range(NUM_VALUE_PIECES):
-            kept = out[i] * decay[:, None]
-            updated += (tl.dot(weights, k[i], acc=kept, input_precision="ieee"),)
-        out = updated
+        if SPLIT_SCORES:
+            # Both branches are always taken. They keep Triton from seeing that the score product
+            # feeds the value product, of which it would let each warp group compute the former
+            # in full, and they place the copies of the next tile before the softmax.
+            if n < end:
+                decay = largest
+                if start < end:
+                    logits, total, largest, decay = _softmax_step(
+                        logits, is_visible, total, largest
+                    )
+                out = _add_values(out, decay, logits.to(COMPUTE), k)
+        else:
+            weights, total, largest, decay = _softmax_step(logits, is_visible, total, largest)
+            out = _add_values(out, decay, weights.to(COMPUTE), k)
+    return out, total, largest
 
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    log2_sum = tl.where(is_empty, float("-inf"), largest + tl.log2(total))
-    normalizer = 1.0 / total
-    row = (first_query + query) * (HKV * GROUP) + head
-    if IS_SPLIT:
-        row = row * num_splits + split
-        tl.store(lse_ptr + row, log2_sum, mask=is_row)
+
+# These change from call to call: a kernel for each kind of number would be compiled in mid-service.
+@triton.jit(
+    do_not_specialize=[
+        "stride_table", "row_tiles", "b", "s_q", "max_seqlen", "num_parts", "part_tiles",
+        "max_chunks",
+    ]
+)  # fmt: skip
+def _flash_fwd_splitkv_mla_kernel(
+    q_ptr,
+    kv_ptr,
+    rope_ptr,  # 8-bit caches: the first token's rotary channels, bf16; else None
+    scale_ptr,  # 8-bit caches: the first token's scales, fp32 or e8m0 bytes; else None
+    block_table_ptr,
+    cache_seqlens_ptr,
+    cu_seqlens_q_ptr,
+    attn_sink_ptr,
+    out_ptr,  # [t, h, VALUE_DIM]
+    lse_ptr,
+    partial_out_ptr,  # as the combine kernel reads them; None if every part is whole
+    partial_lse_ptr,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_block,
+    stride_head,
+    stride_table,
+    row_tiles,
+    softmax_scale,
+    b,
+    s_q,
+    max_seqlen,
+    num_parts,
+    part_tiles,  # of a part: the least (BALANCED) or all (FIXED)
+    max_chunks,
+    empty_lse,
+    D_NOPE: tl.constexpr,  # 8-bit channels
+    VALUE_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    HKV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    STRIDE_ROW: tl.constexpr,
+    STRIDE_ROPE_ROW: tl.constexpr,
+    STRIDE_SCALE_ROW: tl.constexpr,
+    PIECES: tl.constexpr,  # (first channel, width, end) of each piece
+    NUM_VALUE_PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    HAS_FP8: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SPLIT_SCORES: tl.constexpr,  # see `_attend`
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One tile of rows over one part of the keys."""
+    tile = tl.program_id(0) % (row_tiles * HKV)
+    part = tl.program_id(0) // (row_tiles * HKV)
+    first, last = part * 0, part_tiles
+    if SCHEDULE == BALANCED:
+        tiles = all_tiles(cache_seqlens_ptr, b, max_seqlen, BLOCK_B, BLOCK_N)
+        first, last, _ = balanced_range(tiles, part, num_parts, part_tiles)
+        if first >= last:
+            return
+        first_request, last_request = request_at(tiles, first), request_at(tiles, last - 1)
+        first -= tiles_before(tiles, first_request)
+        last -= tiles_before(tiles, first_request)
     else:
-        tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)
-    for i in tl.static_range(NUM_VALUE_PIECES):
-        offs_c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
-        mask = is_row[:, None] & (offs_c < min(PIECES[i][2], VALUE_DIM))[None, :]
-        result = out[i] * normalizer[:, None]
-        if attn_sink_ptr is not None and not IS_SPLIT:
-            result *= sink_factor(attn_sink_ptr, head, is_row, log2_sum)[:, None]
-        result = result.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + (row * VALUE_DIM)[:, None] + offs_c[None, :], result, mask=mask)
+        first_request = part // max_chunks
+        last_request = first_request
+        if SCHEDULE == FIXED:
+            first = part % max_chunks * part_tiles
+            last = first + part_tiles
+
+    offs_r = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = offs_r // GROUP
+    kv_head = tile // row_tiles
+    head = kv_head * GROUP + offs_r % GROUP
+    if HKV > 1:
+        kv_ptr += kv_head.to(tl.int64) * stride_head
+    # What the inner loop needs is computed again for each request where no registers are left to
+    # keep it; found by compiling for every target.
+    IS_TIGHT: tl.constexpr = BLOCK_M * BLOCK_N > 1024 or (SCHEDULE == FIXED and BLOCK_M > 16)
+    for index in tl.range(first_request, last_request + 1, disable_licm=IS_TIGHT):  # pyright: ignore
+        request = tl.full([], index, tl.int32)  # the interpreter counts in Python's integers
+        num_queries = num_queries_of(cu_seqlens_q_ptr, request, s_q)
+        is_row = query < num_queries
+        seqlen = seqlen_of(cache_seqlens_ptr, request, max_seqlen)
+        request_tiles = tiles_of(seqlen, BLOCK_N)
+        first_tile = first
+        last_tile = request_tiles if SCHEDULE == WHOLE else tl.minimum(last, request_tiles)
+        is_whole = (first_tile == 0) & (last_tile == request_tiles)
+        if (first_tile < last_tile) & (tile % row_tiles * BLOCK_M < num_queries * GROUP):
+            start, end = first_tile * BLOCK_N, tl.minimum(last_tile * BLOCK_N, seqlen)
+            num_keys = seqlen - (num_queries - 1 - query) if CAUSAL else query
+            if CAUSAL:
+                last_query = tl.minimum(tl.max(query, 0), num_queries - 1)
+                end = tl.minimum(end, seqlen - (num_queries - 1 - last_query))
+                num_keys = tl.minimum(num_keys, end)
+            first_query = first_query_of(cu_seqlens_q_ptr, request, s_q)
+            if cu_seqlens_q_ptr is None:
+                q_rows = q_ptr + request.to(tl.int64) * stride_qb
+            else:
+                q_rows = q_ptr + first_query * stride_qs
+            offs_q = query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
+            q = ()
+            for i in tl.static_range(len(PIECES)):
+                offs_c = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+                mask = is_row[:, None] & (offs_c < PIECES[i][2])[None, :]
+                q += (tl.load(q_rows + offs_q[:, None] + offs_c[None, :], mask=mask, other=0.0),)
+            table_ptr = block_table_ptr + request.to(tl.int64) * stride_table
+            out, total, largest = _attend(
+                q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys,
+                softmax_scale * LOG2_E, D_NOPE, BLOCK_SIZE, TILE, STRIDE_ROW, STRIDE_ROPE_ROW,
+                STRIDE_SCALE_ROW, PIECES, NUM_VALUE_PIECES, CAUSAL, HAS_FP8, COMPUTE, SPLIT_SCORES,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            is_empty = total == 0.0
+            total = tl.where(is_empty, 1.0, total)
+            log2_sum = tl.where(is_empty, float("-inf"), largest + tl.log2(total))
+            normalizer = 1.0 / total
+            if is_whole:
+                row = (first_query + query) * (HKV * GROUP) + head
+                tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)
+                if attn_sink_ptr is not None:
+                    normalizer *= sink_factor(attn_sink_ptr, head, is_row, log2_sum)
+                _store(out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
+            elif SCHEDULE != WHOLE:
+                slot = 2 * part + (first_tile == 0) if SCHEDULE == BALANCED else part
+                row = (slot.to(tl.int64) * (row_tiles * HKV) + tile) * BLOCK_M
+                row += tl.arange(0, BLOCK_M)
+                tl.store(partial_lse_ptr + row, log2_sum, mask=is_row)
+                _store(partial_out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
+        if SCHEDULE == BALANCED:
+            first, last = first * 0, last - request_tiles

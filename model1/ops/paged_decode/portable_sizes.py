@@ -1,9 +1,9 @@
-"""How paged decode is cut for a GPU: tiles, pieces of channels and splits of the keys."""
+"""How paged decode is cut for a GPU: tiles, pieces of channels and parts of the keys."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,10 +12,7 @@ from model1.ops.compile_cases import KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
 
 _MAX_CHANNELS = 576  # more would not fit the shared memory of the smaller GPUs
-_MAX_SPLITS = 512
-# What a split costs besides its keys (start, finish, combine), as a number of keys. A guess.
-_SPLIT_COST_KEYS = 256
-_SPLIT_SLACK = 1.05  # splits take scratch memory: a small gain is not worth more of them
+_MAX_BALANCED_REQUESTS = 4096  # every program adds up the lengths of all requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +33,7 @@ class Problem:
     causal: bool
     empty_lse: float
     deterministic: bool
+    is_ragged: bool = False  # requests have different numbers of queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +45,30 @@ class Config:
     channels: int = 128  # of the widest piece; those of one to four FP8 scales
     num_warps: int
     num_stages: int
+    split_scores: bool = False  # two warp groups share a score product: 64 rows on Hopper
     tiles_per_sm: int = 1  # that run at the same time
-    num_splits: int | None = None  # None: from the shapes
-    deterministic_split_keys: int = 2048
+    num_parts: int | None = None  # None: from the shapes
+    min_part_keys: int = 128  # a shorter part costs more to merge than it saves
+    deterministic_part_keys: int = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How many programs there are, and the least that one of them does."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How the keys are cut into parts; the forms and their terms are in `portable_schedule`."""
 
+    form: Literal["whole", "balanced", "fixed"]
     row_tiles: int  # of one request and key head
-    num_splits: int
-    min_split_tiles: int  # tiles of keys
+    num_parts: int
+    part_tiles: int = 1  # tiles of keys: the least (balanced) or all (fixed) of a part
+    max_chunks: int = 1
+    num_slots: int = 0  # of partial results
 
 
 def choose_config(target: KernelTarget, problem: Problem) -> Config:
-    """The sizes for a GPU; BackendUnavailable for too many channels. Not yet measured."""
+    """The sizes for a GPU; BackendUnavailable for too many channels.
+
+    Measured in bf16 on an H200, 2026-11-22 (docs/log.md); on other GPUs what fits.
+    """
     if problem.d > _MAX_CHANNELS:
         got = problem.d
         raise BackendUnavailable(f"paged_decode/triton takes {_MAX_CHANNELS} channels, got {got}")
@@ -76,12 +82,15 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
     has_large_shared_memory = target.arch in (80, 90, 100)  # the others have 99 KB per block
     if rows > 32 and target.arch == 90:
         # 64 rows fill the matrix unit; two steps of 64 keys of 576 channels fill shared memory
-        if is_fp8:
-            return Config(block_m=64, block_n=32, num_warps=8, num_stages=3)
-        return Config(block_m=64, block_n=64, num_warps=8, num_stages=2)
+        channels = 128 if is_fp8 else 512
+        return Config(
+            block_m=64, block_n=64, channels=channels, num_warps=8, num_stages=2, split_scores=True
+        )
     if rows > 16:
         if is_fp8:
             return Config(block_m=32, block_n=16, num_warps=8, num_stages=2)
+        if target.arch == 90:  # spills 88 bytes if causal; what does not was 7 % slower
+            return Config(block_m=32, block_n=64, channels=64, num_warps=4, num_stages=3)
         block_n = 32 if has_large_shared_memory else 16
         return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
     if is_fp8:
@@ -91,32 +100,27 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
     return Config(block_m=16, block_n=32, num_warps=8, num_stages=3)
 
 
-def choose_cut(config: Config, problem: Problem, num_sms: int) -> Cut:
-    """The programs of a call."""
+def choose_schedule(config: Config, problem: Problem, num_sms: int) -> Schedule:
+    """How a call is cut; follows from shapes alone, so that a captured graph fits other lengths."""
     row_tiles = _ceil_div(problem.group * problem.s_q, config.block_m)
+    tiles, b = row_tiles * problem.hkv, problem.b
     if problem.deterministic:
-        # the keys of a split do not depend on anything, and so neither do a row's partial sums
-        keys = config.deterministic_split_keys
-        return Cut(row_tiles, max(1, _ceil_div(problem.max_seqlen, keys)), keys // config.block_n)
-    num_splits = config.num_splits or _choose_num_splits(
-        problem.b * problem.hkv * row_tiles, problem.max_seqlen, config.tiles_per_sm * num_sms
-    )
-    return Cut(row_tiles, num_splits, 1)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose_num_splits(num_tiles: int, max_seqlen: int, num_slots: int) -> int:
-    """The fewest splits that are nearly the fastest, if num_slots programs run at a time.
-
-    The time is rounds of programs times the keys of each, with every request as long as can be.
-    """
-    splits = range(1, _MAX_SPLITS + 1)
-    times = [
-        _ceil_div(num_tiles * n, num_slots) * (_ceil_div(max_seqlen, n) + _SPLIT_COST_KEYS)
-        for n in splits
-    ]
-    limit = min(times) * _SPLIT_SLACK
-    return next(n for n, time in zip(splits, times, strict=True) if time <= limit)
+        keys = config.deterministic_part_keys
+        chunks = max(1, _ceil_div(problem.max_seqlen, keys))
+        return Schedule(
+            form="fixed", row_tiles=row_tiles, num_parts=b * chunks, max_chunks=chunks,
+            part_tiles=keys // config.block_n, num_slots=b * chunks,
+        )  # fmt: skip
+    most = b * _ceil_div(problem.max_seqlen, config.min_part_keys)
+    num_parts = config.num_parts or min(config.tiles_per_sm * num_sms // tiles, most)
+    # requests of few queries leave most tiles of rows empty: equal parts of keys are not equal work
+    is_uneven = problem.is_ragged and row_tiles > 1
+    if num_parts == 0 or is_uneven or b > _MAX_BALANCED_REQUESTS:
+        return Schedule(form="whole", row_tiles=row_tiles, num_parts=b)
+    return Schedule(
+        form="balanced", row_tiles=row_tiles, num_parts=num_parts, num_slots=2 * num_parts,
+        part_tiles=_ceil_div(config.min_part_keys, config.block_n),
+    )  # fmt: skip
 
 
 def _ceil_div(a: int, b: int) -> int:

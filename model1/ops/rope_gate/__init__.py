@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model1.ops.backend import Operator
+from model1.ops.backend import Operator, calls_ref_directly
 from model1.ops.rope import Rotation
 from model1.ops.rope_gate.checks import check_arguments
 
@@ -51,6 +51,8 @@ def inverse_rope_gate(
         return out
     cos, sin = (None, None) if rotation is None else rotation
     name = INVERSE_ROPE_GATE.resolve(backend, out.device)
+    if calls_ref_directly(name):
+        return INVERSE_ROPE_GATE.load(name)(out, rotation, gate)
     return torch.ops.model1.inverse_rope_gate(out, cos, sin, gate, name)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache import KVLayout
+from model1.ops.launch import device_target, launch_options, num_sms
 from model1.ops.sparse_decode.portable_kernel import (
     _flash_fwd_mla_combine_kernel,
     _flash_fwd_splitkv_mla_fp8_sparse_kernel,
@@ -44,6 +45,7 @@ class Config:
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1  # that run at the same time
+    split_scores: bool = False  # two warp groups share a score product: 64 heads on Hopper
     split_tiles: int | None = None  # tiles of a split; None: from the shapes
 
 
@@ -76,10 +78,11 @@ def _ceil_div(x: int, y: int) -> int:
 
 
 def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLayout) -> Config:
-    """The sizes for a GPU and a number of heads. Not yet measured.
+    """The sizes for a GPU and a number of heads.
 
-    With three stages the rows of one tile are copied while the tile before is worked on. Rows
-    that need no conversion are copied to where a wgmma reads them, which takes two.
+    Measured for 64 and 128 heads on an H200, 2026-11-22 (docs/log.md); on other GPUs what fits.
+    With three stages the rows of one tile are copied while the tile before is worked on; with
+    split_scores, and for rows that need no conversion, two are enough.
     """
     stored = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(layout.name, dtype)
     if dtype == torch.float32 or stored != dtype:  # right, not fast: no model runs so
@@ -87,7 +90,7 @@ def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLa
     if target.kind == "hip":
         return Config(block_h=16, block_n=16, num_warps=4, num_stages=1, programs_per_sm=2)
     if target.arch == 90 and h > 32:
-        return Config(block_h=64, block_n=64, num_warps=8, num_stages=3 if layout.is_fp8 else 2)
+        return Config(block_h=64, block_n=64, num_warps=8, num_stages=2, split_scores=True)
     if target.arch not in (80, 90, 100):  # 99 KB of shared memory
         if h > 16:
             return Config(block_h=32, block_n=16, num_warps=8, num_stages=3)
@@ -142,8 +145,11 @@ def sparse_decode_triton(
     empty_lse: float,
     deterministic: bool,
     config: Config | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.sparse_decode.sparse_decode`. fp32 queries multiply in IEEE fp32, slowly.
+
+    out_dtype: of a caller that goes on computing with out; None = q's.
 
     Where rows are split it takes scratch memory of 4 * (value_dim + 1) bytes per split, query and
     head. Raises BackendUnavailable for rows of more than 576 channels and for widths that are not
@@ -151,12 +157,12 @@ def sparse_decode_triton(
     """
     _check_widths(layout)
     b, s_q, h, _ = q.shape
-    out = torch.empty(b, s_q, h, value_dim, dtype=q.dtype, device=q.device)
+    out = torch.empty(b, s_q, h, value_dim, dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty(b, s_q, h, dtype=torch.float32, device=q.device)
     if b > 0:
         main = _Scope(kv_cache, topk_indices, topk_length, block_size)
         extra = _Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
-        target = _target(q.device)
+        target = device_target(q.device)
         config = config or choose_config(target, h, q.dtype, layout)
         scale_log2 = softmax_scale * math.log2(math.e)
         _launch(
@@ -190,7 +196,7 @@ def _launch(
     if deterministic:
         split_tiles = _DETERMINISTIC_KEYS // config.block_n
     elif split_tiles is None:
-        num_parallel = config.programs_per_sm * _num_sms(q.device)
+        num_parallel = config.programs_per_sm * num_sms(q.device)
         split_tiles = choose_split_tiles(num_programs, num_tiles, num_parallel)
     num_splits = max(1, _ceil_div(num_tiles, split_tiles))
     partial, partial_lse = out, lse
@@ -205,18 +211,14 @@ def _launch(
             main.kv_cache, main.slots, main.length, extra.kv_cache, extra.slots, extra.length,
             *counts, scale_log2, empty_lse, q.stride(0), q.stride(1), q.stride(2),
             *main.slot_strides, *extra.slot_strides, *main.addressing, *extra.addressing,
-            **constants, **_launch_options(config.num_warps, config.num_stages),
+            **constants, **launch_options(config.num_warps, config.num_stages),
         )  # fmt: skip
         if num_splits > 1:
             _flash_fwd_mla_combine_kernel[(b * s_q * h,)](
                 out, lse, partial, partial_lse, attn_sink, main.length, extra.length,
                 *counts, empty_lse, **_combine_constants(value_dim, config.block_n),
-                **_launch_options(_COMBINE_WARPS, 1),
+                **launch_options(_COMBINE_WARPS, 1),
             )  # fmt: skip
-
-
-def _launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    return {"num_warps": num_warps, "num_stages": num_stages}
 
 
 def _constants(
@@ -227,31 +229,14 @@ def _constants(
         "VALUE_DIM": value_dim,
         "BLOCK_H": config.block_h,
         "BLOCK_N": config.block_n,
-        "NATIVE_FP8": target.kind == "cuda" and int(target.arch) >= 89,
+        "SPLIT_SCORES": config.split_scores,
+        "NATIVE_FP8": target.has_fp8,
     }
 
 
 def _combine_constants(value_dim: int, block_n: int) -> dict[str, Any]:
     block_c = triton.next_power_of_2(value_dim)
     return {"VALUE_DIM": value_dim, "BLOCK_C": block_c, "BLOCK_N": block_n}
-
-
-@functools.cache
-def _target(device: torch.device) -> KernelTarget:
-    if device.type == "cpu":  # Triton's interpreter
-        return KernelTarget("cuda", 80)
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return KernelTarget("hip", name.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return KernelTarget("cuda", 10 * major + minor)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _TYPES = {
@@ -276,9 +261,9 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
             constants = strides | {"stride_q_h": layout.d}
             constants |= _constants(layout, 512, config, target)
             kernel = _flash_fwd_splitkv_mla_fp8_sparse_kernel
-            options = _launch_options(config.num_warps, config.num_stages)
+            options = launch_options(config.num_warps, config.num_stages)
             cases.append(_case(f"{layout.name} h{h}", kernel, constants, options, has_all))
-        kernel, options = _flash_fwd_mla_combine_kernel, _launch_options(_COMBINE_WARPS, 1)
+        kernel, options = _flash_fwd_mla_combine_kernel, launch_options(_COMBINE_WARPS, 1)
         combine = _combine_constants(512, config.block_n)
         cases.append(_case(f"{layout.name} combine", kernel, combine, options, has_all))
     return cases

@@ -1,5 +1,6 @@
-# pyright: reportMissingParameterType=none
-# Run-time parameters of a Triton kernel have no Python type.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
+# Run-time parameters of a Triton kernel have no Python type, loops over tl.static_range exist only
+# when compiled.
 """The two kernels of sparse decode in Triton: attention over a split of the keys, and the merge.
 
 Their names are what profilers and FlashMLA's own tests look for.
@@ -73,12 +74,47 @@ def _store_lse(lse_ptr, lse, is_head, empty_lse):
 @triton.jit
 def _store_pieces(out_ptr, acc, weight, head, is_head, ROW: tl.constexpr, VALUE_DIM: tl.constexpr):
     """acc * weight to out [h, VALUE_DIM]."""
-    for piece in tl.static_range(num_pieces(ROW, VALUE_DIM)):  # pyright: ignore
+    for piece in tl.static_range(num_pieces(ROW, VALUE_DIM)):
         channel = piece_channels(ROW, piece)
         at = (head * VALUE_DIM)[:, None] + channel[None, :]
         mask = is_head[:, None] & (channel < VALUE_DIM)[None, :]
         out = (acc[piece] * weight[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, out, mask=mask)
+
+
+@triton.jit
+def _scaled_scores(q, kv, scale, SPLIT_SCORES: tl.constexpr):
+    """scale * q . k^T over all pieces; SPLIT_SCORES scales first: no product feeds another."""
+    score = tl.dot(q[0], tl.trans(kv[0]), input_precision="ieee")
+    if SPLIT_SCORES:
+        score *= scale
+        for piece in tl.static_range(1, len(q)):
+            score += tl.dot(q[piece], tl.trans(kv[piece]), input_precision="ieee") * scale
+    else:
+        for piece in tl.static_range(1, len(q)):
+            score = tl.dot(q[piece], tl.trans(kv[piece]), score, input_precision="ieee")
+        score *= scale
+    return score
+
+
+@triton.jit
+def _softmax_step(score, is_valid, row_max, row_sum):
+    """The weights of a tile's keys, the new maximum and sum, and the factor of all before."""
+    score = tl.where(is_valid[None, :], score, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(score, 1))
+    p = tl.exp2(score - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    return p, new_max, row_sum * rescale + tl.sum(p, 1), rescale
+
+
+@triton.jit
+def _add_values(acc, rescale, p, kv):
+    """acc * rescale + p @ kv for the pieces that are values."""
+    new_acc = ()
+    for piece in tl.static_range(len(acc)):
+        old = acc[piece] * rescale[:, None]
+        new_acc += (tl.dot(p, kv[piece], old, input_precision="ieee"),)
+    return new_acc
 
 
 # Nothing is gained from specialising these, and each distinct 1 or multiple of 16 would compile.
@@ -100,7 +136,7 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     block_units, block_size, divisor, shift,
     extra_units, extra_size, extra_divisor, extra_shift,
     ROW: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    SPLIT_SCORES: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one query over `split_tiles` tiles of BLOCK_N keys of its two lists.
 
@@ -144,7 +180,8 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     slot = _load_slots(
         first_tile, main_tiles, slots_ptr, num_keys, extra_slots_ptr, extra_num_keys, BLOCK_N
     )
-    for tile in range(first_tile, last_tile):
+    # nothing is kept in registers from tile to tile that can be computed again
+    for tile in tl.range(first_tile, last_tile, disable_licm=SPLIT_SCORES):
         tile_ptr, tile_units, tile_size = kv_ptr, block_units, block_size
         tile_divisor, tile_shift = divisor, shift
         if extra_kv_ptr is not None:
@@ -168,21 +205,21 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
         for piece in tl.static_range(num_pieces(ROW)):
             k = load_piece(tile_ptr, address, scale_word, is_valid, ROW, piece, NATIVE_FP8, DTYPE)
             kv += (k,)
-        score = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-        for piece in tl.static_range(num_pieces(ROW)):
-            score = tl.dot(q[piece], tl.trans(kv[piece]), score, input_precision="ieee")
-        score = tl.where(is_valid[None, :], score * scale_log2, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1))
-        p = tl.exp2(score - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        row_max = new_max
-        p = p.to(DTYPE)
-        new_acc = ()
-        for piece in tl.static_range(num_pieces(ROW, VALUE_DIM)):
-            old = acc[piece] * rescale[:, None]
-            new_acc += (tl.dot(p, kv[piece], old, input_precision="ieee"),)
-        acc = new_acc
+        score = _scaled_scores(q, kv, scale_log2, SPLIT_SCORES)
+        if SPLIT_SCORES:
+            # Both branches are always taken. They keep Triton from seeing that the score product
+            # feeds the value product, of which it would let each warp group compute the former
+            # in full, and they place the copies of the next tile before the softmax.
+            if tile < last_tile:
+                rescale = row_max
+                if first_tile < last_tile:
+                    score, row_max, row_sum, rescale = _softmax_step(
+                        score, is_valid, row_max, row_sum
+                    )
+                acc = _add_values(acc, rescale, score.to(DTYPE), kv)
+        else:
+            p, row_max, row_sum, rescale = _softmax_step(score, is_valid, row_max, row_sum)
+            acc = _add_values(acc, rescale, p.to(DTYPE), kv)
 
     row_head = row.to(tl.int64) * h
     if num_tiles <= split_tiles:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-
-import torch
 
 from model1.ops.compile_cases import KernelTarget
 
@@ -26,19 +23,8 @@ class Config:
     split_scores: bool = False
 
 
-@functools.cache
-def target_of(device: torch.device) -> KernelTarget:
-    """The GPU a tensor lives on; the interpreter, on the CPU, runs what sm_80 would."""
-    if device.type == "cpu":
-        return KernelTarget("cuda", 80)
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return KernelTarget("hip", name.partition(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return KernelTarget("cuda", 10 * major + minor)
-
-
-# None of these has been measured yet; all are compiled without register spills.
+# All are compiled without register spills; those of sm_90 for more than 16 heads are measured on an
+# H200, 2026-11-22 (docs/log.md).
 def forward_config(target: KernelTarget, num_heads: int, d: int, item_bytes: int) -> Config:
     """For `_sparse_attn_fwd_kernel`."""
     if item_bytes > 2:
@@ -51,8 +37,9 @@ def forward_config(target: KernelTarget, num_heads: int, d: int, item_bytes: int
     if num_heads <= 16:
         return Config(block_h=16, block_n=64, piece=128, num_warps=4, num_stages=2)
     if target.arch == 90:
+        piece = 128 if d <= 512 else 512
         return Config(
-            block_h=64, block_n=64, piece=512, num_warps=8, num_stages=2, split_scores=True
+            block_h=64, block_n=64, piece=piece, num_warps=8, num_stages=2, split_scores=True
         )
     return Config(block_h=32, block_n=32, piece=128, num_warps=8, num_stages=2)
 
@@ -65,6 +52,10 @@ def backward_config(
         return Config(block_h=16, block_n=16, piece=64, num_warps=8, num_stages=1)
     if target.kind == "hip":
         return Config(block_h=16, block_n=16, piece=128, num_warps=4, num_stages=1)
+    if target.arch == 90 and num_heads > 16 and d <= 512:
+        return Config(block_h=64, block_n=64, piece=64, num_warps=8, num_stages=1)
+    if target.arch == 90 and num_heads > 16 and d <= 576 and not deterministic:
+        return Config(block_h=32, block_n=64, piece=128, num_warps=8, num_stages=1)
     if target.arch in (80, 90) and num_heads > 16 and d <= 576:
         block_n = 16 if deterministic else 32
         return Config(block_h=32, block_n=block_n, piece=128, num_warps=8, num_stages=2)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase, KernelTarget
-from model1.ops.sparse_prefill.config import Config, forward_config, target_of
+from model1.ops.launch import device_target, launch_options
+from model1.ops.sparse_prefill.config import Config, forward_config
 from model1.ops.sparse_prefill.tiles import (
     add_products,
     list_length,
@@ -96,7 +97,8 @@ def _sparse_attn_fwd_kernel(
     acc = zero_pieces(BLOCK_H, VALUE_DIM, D, PIECE)
     # indices are read one block ahead, so that the gather never waits for them
     index = load_indices(entries, 0, length, BLOCK_N)
-    for start in range(0, length, BLOCK_N):
+    # nothing is kept in registers from block to block that can be computed again
+    for start in tl.range(0, length, BLOCK_N, disable_licm=SPLIT_SCORES):
         is_key = (index >= 0) & (index < num_keys)
         k_rows = kv_ptr + tl.where(is_key, index, 0)[:, None].to(tl.int64) * stride_kv * ALIGN
         k = load_pieces(k_rows, is_key, D, D, PIECE)
@@ -145,7 +147,7 @@ def sparse_prefill_triton(
     """See `model1.ops.sparse_prefill.sparse_prefill`; `config` replaces the table's choice."""
     check_dtype(q)
     t, h, d = q.shape
-    config = config or forward_config(target_of(q.device), h, d, q.element_size())
+    config = config or forward_config(device_target(q.device), h, d, q.element_size())
     out = torch.empty(t, h, value_dim, dtype=q.dtype, device=q.device)
     max_logits = torch.empty(t, h, dtype=torch.float32, device=q.device)
     lse = torch.empty(t, h, dtype=torch.float32, device=q.device)
@@ -158,7 +160,8 @@ def sparse_prefill_triton(
             q.stride(0) // align, q.stride(1) // align, kv.stride(0) // align,
             topk_indices.stride(0),
             h, kv.shape[0], topk_indices.shape[1], softmax_scale, empty_lse,
-            **_constants(config, d, value_dim, align), **launch_options(config),
+            **_constants(config, d, value_dim, align),
+            **launch_options(config.num_warps, config.num_stages),
         )  # fmt: skip
     return out, max_logits, lse
 
@@ -169,11 +172,6 @@ def _constants(config: Config, d: int, value_dim: int, align: int) -> dict[str, 
         "BLOCK_H": config.block_h, "BLOCK_N": config.block_n, "PIECE": config.piece,
         "SPLIT_SCORES": config.split_scores,
     }  # fmt: skip
-
-
-def launch_options(config: Config) -> dict[str, Any]:
-    """What `config` says to the compiler."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def check_dtype(q: Tensor) -> None:
@@ -189,7 +187,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         for h in (64, 16):
             config = forward_config(target, h, d, 2)
             constants = _constants(config, d, 512, 8)
-            options = launch_options(config)
+            options = launch_options(config.num_warps, config.num_stages)
             cases.append(compile_case(f"{name} h{h}", _sparse_attn_fwd_kernel, constants, options))
     return cases
 

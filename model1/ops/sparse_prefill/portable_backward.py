@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
-from model1.ops.sparse_prefill.config import Config, backward_config, target_of
+from model1.ops.launch import device_target, launch_options
+from model1.ops.sparse_prefill.config import Config, backward_config
 from model1.ops.sparse_prefill.pairs import (
     add_pairs,
     pair_constants,
@@ -32,7 +33,6 @@ from model1.ops.sparse_prefill.portable import (
     SIZES,
     check_dtype,
     compile_case,
-    launch_options,
 )
 from model1.ops.sparse_prefill.tiles import (
     add_products,
@@ -141,7 +141,8 @@ def _sparse_attn_bwd_kernel(
     entries = topk_indices_ptr + i * stride_topk
     dq = zero_pieces(BLOCK_H, D, D, PIECE)
     offs_n = tl.arange(0, BLOCK_N)
-    for start in range(0, length, BLOCK_N):
+    # nothing is kept in registers from block to block that can be computed again
+    for start in tl.range(0, length, BLOCK_N, disable_licm=BLOCK_N > 32):  # pyright: ignore
         index = load_indices(entries, start, length, BLOCK_N)
         is_key = (index >= 0) & (index < num_keys)
         key = tl.where(is_key, index, 0)[:, None].to(tl.int64)
@@ -201,7 +202,7 @@ def sparse_prefill_backward_triton(
     check_dtype(q)
     (t, h, d), topk = q.shape, topk_indices.shape[1]
     if config is None:
-        config = backward_config(target_of(q.device), h, d, q.element_size(), deterministic)
+        config = backward_config(device_target(q.device), h, d, q.element_size(), deterministic)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dq = torch.empty(t, h, d, dtype=q.dtype, device=q.device)
     dkv = torch.zeros(kv.shape, dtype=torch.float32, device=q.device)
@@ -210,15 +211,15 @@ def sparse_prefill_backward_triton(
     if deterministic:
         rows = min(t, rows_per_buffer(num_tiles * topk, d))
         sums = torch.empty(rows * num_tiles * topk, d, dtype=torch.float32, device=q.device)
-    options = _constants(config, d, out.shape[2], deterministic) | launch_options(config)
-    options |= _sizes(dout, q, kv, topk_indices)
+    fixed = _sizes(dout, q, kv, topk_indices) | launch_options(config.num_warps, config.num_stages)
+    fixed |= _constants(config, d, out.shape[2], deterministic)
     with torch.cuda.device_of(q):
         log2_total, delta, dsink = _row_sums(dout, out, lse, attn_sink)
         for first in range(0, t, max(rows, 1)):
             last = min(first + rows, t)
             _sparse_attn_bwd_kernel[((last - first) * num_tiles,)](
                 dout, q, kv, topk_indices, topk_length, log2_total, delta, dq, sums,
-                first_row=first, softmax_scale=softmax_scale, **options,
+                first_row=first, softmax_scale=softmax_scale, **fixed,
             )  # fmt: skip
             if deterministic:
                 lengths = None if topk_length is None else topk_length[first:last]
@@ -261,6 +262,6 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
                 config = backward_config(target, h, d, 2, deterministic)
                 constants = _constants(config, d, 512, deterministic) | {"ALIGN": 8}
                 kind = f"{name} h{h}" + " deterministic" * deterministic
-                options = launch_options(config)
+                options = launch_options(config.num_warps, config.num_stages)
                 cases.append(compile_case(kind, _sparse_attn_bwd_kernel, constants, options))
     return cases

@@ -1,0 +1,30 @@
+"""What is measured: one module per operator.
+
+A module has OPERATOR, the name for `--operator`; TESTS, globs of the test files that must pass
+before anything is timed; and `cases()`. A new operator is a new module and a line in MODULES.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from benchmarks.cases import (
+    dense_decode,
+    kv_write,
+    mha_prefill,
+    selector,
+    sparse_decode,
+    sparse_prefill,
+)
+from benchmarks.cases.case import Call, Case, Work, own_work
+
+MODULES: tuple[ModuleType, ...] = (
+    sparse_decode,
+    sparse_prefill,
+    dense_decode,
+    kv_write,
+    mha_prefill,
+    selector,
+)
+
+__all__ = ["MODULES", "Call", "Case", "Work", "own_work"]

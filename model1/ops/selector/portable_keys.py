@@ -1,0 +1,93 @@
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
+# Only constexpr parameters of a kernel carry types, and tl.static_range exists only when compiled.
+"""Rows of queries and tiles of paged keys, as the kernels of the low-rank scan see them: Triton.
+
+A tile has QUERIES rows of one request times BLOCK_H heads: row m of it is head m % BLOCK_H of query
+m // BLOCK_H, so that few heads fill the matrix unit with many queries. Channels are cut into
+pieces (first channel, width, end), the projected ones before the rotary ones.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Below every logit in use, yet finite: a row that has seen no key must not compute inf - inf.
+LOWEST_LOGIT = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES: tl.constexpr):
+    """First row of the request's tile, and where its rows end, both within row_first..row_end.
+
+    Tiles are counted from the request's first row of that range, which may have none.
+    """
+    first = tl.maximum(tl.load(cu_seqlens_q_ptr + request), row_first)
+    last = tl.minimum(tl.load(cu_seqlens_q_ptr + request + 1), row_end)
+    return first + tile * QUERIES, last
+
+
+@triton.jit
+def visible_keys(key_end_ptr, row, is_row, max_seqlen):
+    """How many keys each row sees."""
+    end = tl.load(key_end_ptr + row, mask=is_row, other=0)
+    return tl.minimum(tl.maximum(end, 0), max_seqlen)
+
+
+@triton.jit
+def block_ids(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The blocks of the tile of keys at `start`: one for all if the tile lies in one block."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
+    else:
+        keys = start + tl.arange(0, BLOCK_N)
+        return tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
+
+
+@triton.jit
+def load_queries(q_ptr, offsets, is_row, PIECES):
+    """Every piece of the tile's queries; zeros where there is no row."""
+    q = ()
+    for i in tl.static_range(len(PIECES)):
+        channel = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        mask = is_row[:, None] & (channel < PIECES[i][2])[None, :]
+        q += (tl.load(q_ptr + offsets[:, None] + channel[None, :], mask=mask, other=0.0),)
+    return q
+
+
+@triton.jit
+def load_keys(
+    z_ptr, rope_ptr, blocks, offset, is_key, stride_z, stride_rope, PIECES,
+    R: tl.constexpr, STRIDE_ROPE_ROW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Every piece of the tile's keys, [BLOCK_N, width] in COMPUTE; zeros where there is no key.
+
+    offset: of each key in its block. The rotary channels lie in the rows of the token cache.
+    """
+    blocks, offset = blocks.to(tl.int64), offset.to(tl.int64)
+    z_row = (blocks * BLOCK_SIZE + offset) * stride_z
+    rope_row = blocks * stride_rope + offset * STRIDE_ROPE_ROW
+    keys = ()
+    for i in tl.static_range(len(PIECES)):
+        channel = PIECES[i][0] + tl.arange(0, PIECES[i][1])
+        mask = is_key[:, None]
+        if PIECES[i][0] + PIECES[i][1] > PIECES[i][2]:
+            mask = mask & (channel < PIECES[i][2])[None, :]
+        if PIECES[i][0] < R:
+            at = z_ptr + z_row[:, None] + channel[None, :]
+        else:
+            at = rope_ptr + rope_row[:, None] + (channel - R)[None, :]
+        keys += (tl.load(at, mask=mask, other=0.0).to(COMPUTE),)
+    return keys
+
+
+@triton.jit
+def logits_of(q, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES):
+    """Products of queries and keys, [BLOCK_M, BLOCK_N] fp32."""
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.static_range(len(PIECES)):
+        logits = tl.dot(q[i], tl.trans(keys[i]), acc=logits, input_precision="ieee")
+    return logits
