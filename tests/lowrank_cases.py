@@ -173,12 +173,13 @@ def assert_good_choice(chosen: Tensor, lse: Tensor, scan: dict[str, Any]) -> Non
 
 
 def rest_expected(scan: dict[str, Any], core: Tensor, rotary: bool) -> tuple[Tensor, ...]:
-    """The remainder in fp64, as plain PyTorch in scan_q's dtype has it, and lse."""
+    """The remainder in fp64, as plain PyTorch in scan_q's dtype has it, lse, noise of the weights."""
     scan_q = scan["scan_q"]
     dtype, rank = scan_q.dtype, scan["index_cache"].shape[1]
     width = scan_q.shape[2] if rotary else rank
     out = scan_q.new_zeros(*scan_q.shape[:2], width, dtype=torch.float64)
     baseline, lse = out.clone(), scan_q.new_full(scan_q.shape[:2], -math.inf, dtype=torch.float64)
+    noise, u = torch.zeros_like(lse), torch.finfo(dtype).eps / 2
     for row in range(len(scan_q)):
         _, z, rope = row_keys(scan, row, dtype)
         is_rest = torch.ones(len(z), dtype=torch.bool, device=z.device)
@@ -192,7 +193,8 @@ def rest_expected(scan: dict[str, Any], core: Tensor, rotary: bool) -> tuple[Ten
         weights, values = logits.softmax(-1), keys[:, :width]
         out[row] = weights @ values
         baseline[row] = (weights.to(dtype).double() @ values).to(dtype).double()
-    return out, baseline, lse
+        noise[row] = u * (weights.square() @ values.square().sum(-1)).sqrt()
+    return out, baseline, lse, noise
 
 
 def attention_expected(
