@@ -173,7 +173,7 @@ def assert_good_choice(chosen: Tensor, lse: Tensor, scan: dict[str, Any]) -> Non
 
 
 def rest_expected(scan: dict[str, Any], core: Tensor, rotary: bool) -> tuple[Tensor, ...]:
-    """The remainder in fp64, as plain PyTorch in scan_q's dtype has it, lse, noise of the weights."""
+    """The remainder in fp64, as plain PyTorch in scan_q's dtype has it, lse and the noise."""
     scan_q = scan["scan_q"]
     dtype, rank = scan_q.dtype, scan["index_cache"].shape[1]
     width = scan_q.shape[2] if rotary else rank
