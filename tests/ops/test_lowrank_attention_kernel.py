@@ -150,7 +150,8 @@ def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     want = lowrank_attention(**arguments, backend="triton")
     monkeypatch.setattr(portable_sizes, "WORKSPACE_BYTES", 2000)
     got = lowrank_attention(**arguments, backend="triton")
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for one, other in zip(got, want, strict=True):  # fewer rows at a time may be split otherwise
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_no_rows_no_requests_and_no_keys() -> None:

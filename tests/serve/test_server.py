@@ -132,6 +132,9 @@ def test_the_official_client_raises_its_own_errors(live: Process) -> None:
 
 def test_the_ready_lines_name_a_url_and_a_curl_command(live: Process) -> None:
     assert any(f"ready on {live.url}" in line for line in live.lines)
+    deadline = time.monotonic() + 10  # the line after the one that says ready
+    while not any("try: curl" in line for line in live.lines) and time.monotonic() < deadline:
+        time.sleep(0.05)
     curl = next(line for line in live.lines if "try: curl" in line)
     assert f"curl {live.url}/v1/completions" in curl
     assert '"model":"fake"' in curl

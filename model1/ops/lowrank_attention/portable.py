@@ -92,12 +92,11 @@ def _slots(positions: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, size: i
     if 0 in (t, b):
         return slots.fill_(-1)
     constants: dict[str, Any] = {
-        "BLOCK_SIZE": size, "TOPK": topk, "BLOCK_B": next_power_of_2(b),
-        "BLOCK_K": min(_SLOTS, next_power_of_2(topk)),
+        "BLOCK_SIZE": size, "BLOCK_B": next_power_of_2(b), "BLOCK_K": _SLOTS,
     }  # fmt: skip
     with torch.cuda.device_of(positions):
         _lowrank_slots_kernel[(t,)](
-            positions, block_table, cu_seqlens_q, slots, b, max_blocks, block_table.stride(0),
+            positions, block_table, cu_seqlens_q, slots, b, max_blocks, block_table.stride(0), topk,
             **constants, **launch_options(_WARPS, 1),
         )  # fmt: skip
     return slots
@@ -148,7 +147,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         "slot_ptr": "*i32", "core_ptr": "*fp32", "core_lse_ptr": "*fp32", "rest_lse_ptr": "*fp32",
         "offset_ptr": "*fp32", "sink_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32",
     }  # fmt: skip
-    slots = {"BLOCK_SIZE": 64, "TOPK": 2048, "BLOCK_B": 16, "BLOCK_K": _SLOTS}
+    slots = {"BLOCK_SIZE": 64, "BLOCK_B": 16, "BLOCK_K": _SLOTS}
     queries = _query_constants(64, 64, 448, 64) | {"stride_qt": 64 * 512, "stride_qh": 512}
     cases = []
     for name, kernel, constants in (

@@ -60,17 +60,17 @@ def _lowrank_queries_kernel(
         tl.store(scan_q_ptr + R + turn, rope.to(scan_q_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["b", "max_blocks", "stride_table"])
+@triton.jit(do_not_specialize=["b", "max_blocks", "stride_table", "topk"])
 def _lowrank_slots_kernel(
-    position_ptr,  # [t, TOPK] int32, -1 = none
+    position_ptr,  # [t, topk] int32, -1 = none
     table_ptr,
     cu_seqlens_q_ptr,
     slot_ptr,  # like position
     b,
     max_blocks,
     stride_table,
+    topk,  # follows the longest request of a step: a constant would be compiled in mid-service
     BLOCK_SIZE: tl.constexpr,
-    TOPK: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -80,15 +80,15 @@ def _lowrank_slots_kernel(
     ends = tl.load(cu_seqlens_q_ptr + 1 + request, mask=request < b, other=2147483647)
     # rows behind the last request's have no keys to look up
     request = tl.minimum(tl.sum((ends <= row).to(tl.int32), 0), b - 1)
-    for start in range(0, TOPK, BLOCK_K):
+    for start in range(0, topk, BLOCK_K):
         rank = start + tl.arange(0, BLOCK_K)
-        at = row.to(tl.int64) * TOPK + rank
-        position = tl.load(position_ptr + at, mask=rank < TOPK, other=-1)
+        at = row.to(tl.int64) * topk + rank
+        position = tl.load(position_ptr + at, mask=rank < topk, other=-1)
         is_key = (position >= 0) & (position < max_blocks * BLOCK_SIZE)
         address = table_ptr + request.to(tl.int64) * stride_table + position // BLOCK_SIZE
         block = tl.load(address, mask=is_key, other=0)
         slot = tl.where(is_key, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)
-        tl.store(slot_ptr + at, slot, mask=rank < TOPK)
+        tl.store(slot_ptr + at, slot, mask=rank < topk)
 
 
 @triton.jit

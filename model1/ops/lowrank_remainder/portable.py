@@ -39,7 +39,9 @@ def lowrank_remainder_triton(
         return out, lse
     stride_core = -(-(max_seqlen + 1) // 16) * 16
     split_bytes = 4 * h * (width + 1)
-    config, cut = scan.cut(config, stride_core, split_bytes, deterministic=deterministic)
+    # beside the mask itself, what `core_mask` makes of the indices: int64 and a comparison
+    row_bytes = stride_core + 9 * core_indices.shape[1]
+    config, cut = scan.cut(config, row_bytes, split_bytes, deterministic=deterministic)
     sizes = (cut.rows, h, cut.num_splits)
     partial = torch.empty(*sizes, width, dtype=torch.float32, device=device)
     partial_lse = torch.empty(sizes, dtype=torch.float32, device=device)

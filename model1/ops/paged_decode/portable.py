@@ -91,7 +91,8 @@ def _problem(
     return Problem(
         layout=layout, dtype=q.dtype, d=q.shape[-1], group=q.shape[-2] // hkv, hkv=hkv,
         block_size=block_size, b=len(block_table), s_q=q.shape[1] if s_q is None else s_q,
-        max_seqlen=block_table.shape[1] * block_size, is_ragged=s_q is not None, **options,
+        max_seqlen=block_table.shape[1] * block_size, is_ragged=s_q is not None,
+        stored=q.dtype if layout is not None else kv_cache.dtype, **options,
     )  # fmt: skip
 
 
@@ -218,9 +219,13 @@ def _shared_constants(problem: Problem, config: Config, form: str) -> dict[str, 
 def _combine_constants(
     problem: Problem, config: Config, form: str, num_parts: int
 ) -> dict[str, Any]:
-    """A program merges all of a row from few parts, or some of its channels from many."""
+    """A program merges all of a row from few parts, or some of its channels from many.
+
+    Fixed parts are merged in one order, however many chunks the table has room for.
+    """
     wide = triton.next_power_of_2(problem.value_dim)
-    parts, channels = (8, wide) if num_parts <= 8 * problem.b else (32, min(128, wide))
+    has_many = form == "balanced" and num_parts > 8 * problem.b
+    parts, channels = (32, min(128, wide)) if has_many else (8, wide)
     return {
         "BY_PART": problem.b > num_parts, "BLOCK_S": parts, "BLOCK_C": channels,
         **_shared_constants(problem, config, form),
@@ -240,7 +245,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
             problem = Problem(
                 layout=layout, dtype=torch.bfloat16, d=d, value_dim=512, group=h, hkv=1,
                 block_size=64, b=128, s_q=1, max_seqlen=1, softmax_scale=1.0, causal=False,
-                empty_lse=0.0, deterministic=False,
+                empty_lse=0.0, deterministic=False, stored=torch.bfloat16,
             )  # fmt: skip
             config = choose_config(target, problem)
             name = f"{layout.name if layout else 'bf16'} {d} h{h}"

@@ -33,6 +33,7 @@ class Problem:
     causal: bool
     empty_lse: float
     deterministic: bool
+    stored: torch.dtype  # of plain numbers in the cache; of an 8-bit cache dtype
     is_ragged: bool = False  # requests have different numbers of queries
 
 
@@ -75,7 +76,7 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
     # a choice that followed the batch's longest query would change the bits of its mates
     rows = problem.group * (1 if problem.deterministic else problem.s_q)
     is_fp8 = problem.layout is not None
-    if problem.dtype == torch.float32:
+    if problem.dtype == torch.float32 or problem.stored != problem.dtype:  # right, not fast
         return Config(block_m=16, block_n=16, num_warps=4, num_stages=1)
     if target.kind == "hip":
         return Config(block_m=16, block_n=32, num_warps=4, num_stages=2 if is_fp8 else 1)
@@ -115,7 +116,9 @@ def choose_schedule(config: Config, problem: Problem, num_sms: int) -> Schedule:
     num_parts = config.num_parts or min(config.tiles_per_sm * num_sms // tiles, most)
     # requests of few queries leave most tiles of rows empty: equal parts of keys are not equal work
     is_uneven = problem.is_ragged and row_tiles > 1
-    if num_parts == 0 or is_uneven or b > _MAX_BALANCED_REQUESTS:
+    # with one part the requests of a tile of rows would run one after the other
+    is_single = num_parts == 0 or (num_parts == 1 and b > 1)
+    if is_single or is_uneven or b > _MAX_BALANCED_REQUESTS:
         return Schedule(form="whole", row_tiles=row_tiles, num_parts=b)
     return Schedule(
         form="balanced", row_tiles=row_tiles, num_parts=num_parts, num_slots=2 * num_parts,
