@@ -1,13 +1,13 @@
 """Compile every shipped Triton kernel for every supported GPU, on a machine without one.
 
-    python -m model1.testing.compile [--target sm_90 ...] [--covering] [--json]
+    python -m model1.testing.compile [--target sm_90 ...] [--largest] [--json]
     python -m model1.testing.compile --markdown docs/kernel_resources.md
 
 Prints registers, spills and shared memory of each kernel. If one does not compile, needs more
 shared or tensor memory than its target has, or spills where none may, the exit code is 1 and no
 table is written. A table carries the digest of what was compiled, so that a test can tell whether
-it is up to date without the minutes that compiling takes. --covering compiles some launches of
-each kernel, as `model1.testing.covering` chooses them.
+it is up to date without the minutes that compiling takes. --largest compiles one launch of each
+kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from typing import Any
 
 import model1.ops
 from model1.ops.compile_cases import CompileCase, KernelTarget
-from model1.testing.covering import covering
 
 MODULES = (
     "model1.ops.kv_cache.portable",
@@ -127,8 +126,18 @@ def shipped_cases(module: str, target: str) -> list[CompileCase]:
     return importlib.import_module(module).shipped_kernels(TARGETS[target].gpu)
 
 
+def largest(cases: Sequence[CompileCase]) -> list[int]:
+    """Of each kernel the launch with the largest sizes: what needs most registers and memory."""
+    best: dict[str, tuple[int, int]] = {}
+    for idx, case in enumerate(cases):
+        size = sum(x for x in case.constexprs.values() if type(x) is int)
+        name = case.kernel.fn.__name__
+        best[name] = max(best.get(name, (-1, 0)), (size, idx))
+    return sorted(idx for _, idx in best.values())
+
+
 def compile_all(
-    targets: Sequence[str], num_processes: int = 1, *, is_covering: bool = False
+    targets: Sequence[str], num_processes: int = 1, *, only_largest: bool = False
 ) -> list[Resources]:
     """Compile shipped kernels for these targets, in the order of MODULES and `targets`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -137,7 +146,7 @@ def compile_all(
     jobs = []
     for module, target in itertools.product(MODULES, targets):
         cases = shipped_cases(module, target)
-        for idx in covering(cases) if is_covering else range(len(cases)):
+        for idx in largest(cases) if only_largest else range(len(cases)):
             job = (module, target, idx)
             twin = first.setdefault((module, target, _identity(cases[idx])), job)
             jobs.append((cases[idx].name, twin))
@@ -260,15 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model1.testing.compile")
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--markdown", type=Path, help="write the table of all targets here")
-    parser.add_argument("--covering", action="store_true", help="some launches of each kernel")
+    parser.add_argument("--largest", action="store_true", help="one launch of each kernel")
     parser.add_argument("--json", action="store_true", help="print one JSON object per kernel")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(arguments)
-    if args.markdown and (args.target or args.covering):
+    if args.markdown and (args.target or args.largest):
         parser.error("--markdown needs all targets and launches")
     compiled = digest()  # first: the files may be edited during the minutes that follow
     targets = args.target or list(TARGETS)
-    rows = compile_all(targets, args.processes, is_covering=args.covering)
+    rows = compile_all(targets, args.processes, only_largest=args.largest)
     problems = [text for row in rows if (text := row.problem())]
     if args.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))

@@ -16,17 +16,14 @@ import triton
 import triton.language as tl
 
 from model1.ops.mha_prefill.portable_forward import (
-    LOG2_E,
-    add_weighted,
-    dot_rows,
     load_rows,
     query_tile,
     request_bounds,
-    scaled,
     store_rows,
     visible_keys,
     zero_rows,
 )
+from model1.ops.online_softmax import LOG2_E, add_products, scaled_pieces, scaled_scores
 
 
 @triton.jit
@@ -98,10 +95,10 @@ def _mha_prefill_bwd_dq_kernel(
         k = load_rows(k_ptr, key.to(tl.int64) * stride_kt, key < s, K_PIECES, True)
         v = load_rows(v_ptr, key.to(tl.int64) * stride_vt, key < s, V_PIECES, True)
         is_visible = key[None, :] < num_keys[:, None]
-        weights = _weights(dot_rows(q, k) * logit_scale, lse[:, None], is_visible)
-        slope = weights * (dot_rows(d_out, v) - delta[:, None])
-        dq = add_weighted(dq, slope.to(q[0].dtype), k)
-    store_rows(dq_ptr, row * D, is_query, scaled(dq, softmax_scale), K_PIECES)
+        weights = _weights(scaled_scores(q, k, logit_scale, False), lse[:, None], is_visible)
+        slope = weights * (scaled_scores(d_out, v, 1.0, False) - delta[:, None])
+        dq = add_products(dq, slope.to(q[0].dtype), k)
+    store_rows(dq_ptr, row * D, is_query, scaled_pieces(dq, softmax_scale), K_PIECES)
 
 
 @triton.jit(do_not_specialize=["t", "num_tiles"])
@@ -172,10 +169,10 @@ def _mha_prefill_bwd_dkdv_kernel(
             lse = tl.load(lse_ptr + column + query, mask=is_query, other=0.0)
             delta = tl.load(delta_ptr + column + query, mask=is_query, other=0.0)
             is_visible = key[:, None] < visible_keys(query, n, s, CAUSAL)[None, :]
-            weights = _weights(dot_rows(k, q) * logit_scale, lse[None, :], is_visible)
-            dv = add_weighted(dv, weights.to(k[0].dtype), d_out)
-            slope = weights * (dot_rows(v, d_out) - delta[None, :])
-            dk = add_weighted(dk, slope.to(k[0].dtype), q)
+            weights = _weights(scaled_scores(k, q, logit_scale, False), lse[None, :], is_visible)
+            dv = add_products(dv, weights.to(k[0].dtype), d_out)
+            slope = weights * (scaled_scores(v, d_out, 1.0, False) - delta[None, :])
+            dk = add_products(dk, slope.to(k[0].dtype), q)
     row = (k_start + key) * HKV + kv_head
-    store_rows(dk_ptr, row * D, is_key, scaled(dk, softmax_scale), K_PIECES)
+    store_rows(dk_ptr, row * D, is_key, scaled_pieces(dk, softmax_scale), K_PIECES)
     store_rows(dv_ptr, row * DV, is_key, dv, V_PIECES)

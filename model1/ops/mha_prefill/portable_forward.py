@@ -12,10 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Below every logit in use, yet finite: a row that has seen no key must not compute inf - inf.
-LOWEST_LOGIT = tl.constexpr(-1e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from model1.ops.online_softmax import (
+    LN_2,
+    LOG2_E,
+    LOWEST_LOGIT,
+    attend_tile,
+    log2_sum_of,
+    scaled_pieces,
+)
 
 
 @triton.jit
@@ -60,33 +64,6 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def dot_rows(a, b):
-    """a [m, d] times b [n, d] transposed: fp32 [m, n]."""
-    product = _zeros(a[0].shape[0], b[0].shape[0])
-    for i in tl.static_range(len(a)):
-        product = tl.dot(a[i], tl.trans(b[i]), acc=product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def add_weighted(x, weights, rows):
-    """x [m, d] + weights [m, n] times rows [n, d]."""
-    total = ()
-    for i in tl.static_range(len(x)):
-        total += (tl.dot(weights, rows[i], acc=x[i], input_precision="ieee"),)
-    return total
-
-
-@triton.jit
-def scaled(x, factor):
-    """x [m, d] times factor, [m, 1] or one number."""
-    result = ()
-    for i in tl.static_range(len(x)):
-        result += (x[i] * factor,)
-    return result
-
-
-@triton.jit
 def query_tile(num_tiles, H: tl.constexpr):
     """Tile of queries, head and request of this program."""
     pid = tl.program_id(0)
@@ -121,15 +98,10 @@ def _attend(
         is_key = key < s
         k = load_rows(k_ptr, key.to(tl.int64) * stride_kt, is_key, K_PIECES, IS_MASKED)
         v = load_rows(v_ptr, key.to(tl.int64) * stride_vt, is_key, V_PIECES, IS_MASKED)
-        logits = dot_rows(q, k) * logit_scale
-        if IS_MASKED:
-            logits = tl.where(key[None, :] < num_keys[:, None], logits, float("-inf"))
-        previous = largest
-        largest = tl.maximum(previous, tl.max(logits, 1))
-        weights = tl.exp2(logits - largest[:, None])
-        decay = tl.exp2(previous - largest)
-        total = total * decay + tl.sum(weights, 1)
-        out = add_weighted(scaled(out, decay[:, None]), weights.to(q[0].dtype), v)
+        is_visible = key[None, :] < num_keys[:, None] if IS_MASKED else None
+        out, largest, total = attend_tile(
+            q, k, v, logit_scale, is_visible, out, largest, total, True, True, False
+        )
     return out, largest, total
 
 
@@ -192,9 +164,7 @@ def _mha_prefill_fwd_kernel(
         logit_scale, K_PIECES, V_PIECES, BLOCK_N, True,
     )  # fmt: skip
 
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    lse = tl.where(is_empty, float("-inf"), (largest + tl.log2(total)) * LN_2)
+    log2_sum, normalizer = log2_sum_of(largest, total)
     row = (q_start + query) * H + head
-    tl.store(lse_ptr + head.to(tl.int64) * t + q_start + query, lse, mask=is_query)
-    store_rows(out_ptr, row * DV, is_query, scaled(out, 1.0 / total[:, None]), V_PIECES)
+    tl.store(lse_ptr + head.to(tl.int64) * t + q_start + query, log2_sum * LN_2, mask=is_query)
+    store_rows(out_ptr, row * DV, is_query, scaled_pieces(out, normalizer[:, None]), V_PIECES)

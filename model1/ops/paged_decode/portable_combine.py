@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model1.ops.online_softmax import LN_2, LOG2_E, LOWEST_LOGIT, log2_sum_of, merge_step
 from model1.ops.paged_decode.portable_schedule import (
     BALANCED,
     all_tiles,
@@ -23,11 +24,6 @@ from model1.ops.paged_decode.portable_schedule import (
     tiles_before,
     tiles_of,
 )
-
-# Below every logit in use, yet finite: a row that has seen no key must not compute inf - inf.
-LOWEST_LOGIT = tl.constexpr(-1e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -112,19 +108,20 @@ def _flash_fwd_mla_combine_kernel(
     pid = pid // tl.cdiv(VALUE_DIM, BLOCK_C)
     row = pid % BLOCK_M
     tile = pid // BLOCK_M % (row_tiles * HKV)
+    offs_r = tile % row_tiles * BLOCK_M + row
+    query = offs_r // GROUP
+    if query >= s_q:
+        return
     request, first_part, num_merged = _parts_to_merge(
         cache_seqlens_ptr, pid // BLOCK_M // (row_tiles * HKV), b, max_seqlen, num_parts,
         part_tiles, max_chunks, SCHEDULE, BY_PART, BLOCK_B, BLOCK_N,
     )  # fmt: skip
-    offs_r = tile % row_tiles * BLOCK_M + row
-    query = offs_r // GROUP
     if (num_merged == 0) | (query >= num_queries_of(cu_seqlens_q_ptr, request, s_q)):
         return
 
     offs_c = channel_start + tl.arange(0, BLOCK_C)
-    largest = tl.full([1], LOWEST_LOGIT, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    out = tl.zeros([1, BLOCK_C], tl.float32)
+    largest, total = LOWEST_LOGIT, 0.0
+    out = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, num_merged, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         is_used = offs_s < num_merged
@@ -138,22 +135,15 @@ def _flash_fwd_mla_combine_kernel(
             mask=is_used[:, None] & (offs_c < VALUE_DIM)[None, :],
             other=0.0,
         )
-        previous = largest
-        largest = tl.maximum(previous, tl.max(log2_sum, 0))
-        weight = tl.exp2(log2_sum - largest)
-        decay = tl.exp2(previous - largest)
-        total = total * decay + tl.sum(weight, 0)
-        out = out * decay[:, None] + tl.sum(weight[:, None] * partial, 0)[None, :]
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    log2_sum = tl.where(is_empty, float("-inf"), largest + tl.log2(total))
-    out = out / total[:, None]
+        out, largest, total = merge_step(log2_sum, partial, out, largest, total)
+    log2_sum, normalizer = log2_sum_of(largest, total)
+    out *= normalizer
     head = tile // row_tiles * GROUP + offs_r % GROUP
     if attn_sink_ptr is not None:
-        out *= sink_factor(attn_sink_ptr, head, head >= 0, log2_sum)[:, None]
+        out *= sink_factor(attn_sink_ptr, head, head >= 0, log2_sum)
     at = first_query_of(cu_seqlens_q_ptr, request, s_q) + query
     at = at.to(tl.int64) * (HKV * GROUP) + head
     out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (at * VALUE_DIM + offs_c)[None, :], out, mask=(offs_c < VALUE_DIM)[None, :])
+    tl.store(out_ptr + at * VALUE_DIM + offs_c, out, mask=offs_c < VALUE_DIM)
     if channel_start == 0:
-        tl.store(lse_ptr + at + tl.arange(0, 1), natural_lse(log2_sum, empty_lse))
+        tl.store(lse_ptr + at, natural_lse(log2_sum, empty_lse))

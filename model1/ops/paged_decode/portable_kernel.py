@@ -16,12 +16,8 @@ import triton
 import triton.language as tl
 
 from model1.ops.kv_cache.bits import e4m3_to_fp32, e8m0_to_fp32
-from model1.ops.paged_decode.portable_combine import (
-    LOG2_E,
-    LOWEST_LOGIT,
-    natural_lse,
-    sink_factor,
-)
+from model1.ops.online_softmax import LOG2_E, LOWEST_LOGIT, attend_tile, log2_sum_of
+from model1.ops.paged_decode.portable_combine import natural_lse, sink_factor
 from model1.ops.paged_decode.portable_schedule import (
     BALANCED,
     FIXED,
@@ -128,41 +124,6 @@ def _store(
 
 
 @triton.jit
-def _scaled_scores(q, k, scale, SPLIT_SCORES: tl.constexpr):
-    """scale * q . k^T over all pieces; SPLIT_SCORES scales first: no product feeds another."""
-    scores = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
-    if SPLIT_SCORES:
-        scores *= scale
-        for i in tl.static_range(1, len(q)):
-            scores += tl.dot(q[i], tl.trans(k[i]), input_precision="ieee") * scale
-    else:
-        for i in tl.static_range(1, len(q)):
-            scores = tl.dot(q[i], tl.trans(k[i]), acc=scores, input_precision="ieee")
-        scores *= scale
-    return scores
-
-
-@triton.jit
-def _softmax_step(logits, is_visible, total, largest):
-    """The weights of a tile's keys, the new sum and maximum, and the factor of all before."""
-    logits = tl.where(is_visible, logits, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_largest[:, None])
-    decay = tl.exp2(largest - new_largest)
-    return weights, total * decay + tl.sum(weights, 1), new_largest, decay
-
-
-@triton.jit
-def _add_values(out, decay, weights, values):
-    """out * decay + weights @ values, piece by piece."""
-    new = ()
-    for i in tl.static_range(len(out)):
-        kept = out[i] * decay[:, None]
-        new += (tl.dot(weights, values[i], acc=kept, input_precision="ieee"),)
-    return new
-
-
-@triton.jit
 def _attend(
     q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys, logit_scale,
     D_NOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STRIDE_ROW: tl.constexpr,
@@ -171,7 +132,7 @@ def _attend(
     COMPUTE: tl.constexpr, SPLIT_SCORES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Keys start <= n < end: the sum of weighted values per piece, the sum of weights, the maximum.
+    """Keys start <= n < end: the sum of weighted values per piece, the maximum, the sum of weights.
 
     With CAUSAL row r sees the first num_keys[r] of them only.
     """
@@ -196,24 +157,12 @@ def _attend(
             k += (piece.to(COMPUTE),)
         # the next tile's blocks are on their way while this one is used
         block_ids = _block_ids(table_ptr, n + BLOCK_N, offs_n, end, BLOCK_SIZE, BLOCK_N)
-
-        logits = _scaled_scores(q, k, logit_scale, SPLIT_SCORES)
         is_visible = (n + offs_n)[None, :] < num_keys[:, None] if CAUSAL else is_key[None, :]
-        if SPLIT_SCORES:
-            # Both branches are always taken. They keep Triton from seeing that the score product
-            # feeds the value product, of which it would let each warp group compute the former
-            # in full, and they place the copies of the next tile before the softmax.
-            if n < end:
-                decay = largest
-                if start < end:
-                    logits, total, largest, decay = _softmax_step(
-                        logits, is_visible, total, largest
-                    )
-                out = _add_values(out, decay, logits.to(COMPUTE), k)
-        else:
-            weights, total, largest, decay = _softmax_step(logits, is_visible, total, largest)
-            out = _add_values(out, decay, weights.to(COMPUTE), k)
-    return out, total, largest
+        out, largest, total = attend_tile(
+            q, k, k, logit_scale, is_visible, out, largest, total, n < end, start < end,
+            SPLIT_SCORES,
+        )  # fmt: skip
+    return out, largest, total
 
 
 # These change from call to call: a kernel for each kind of number would be compiled in mid-service.
@@ -266,7 +215,7 @@ def _flash_fwd_splitkv_mla_kernel(
     SCHEDULE: tl.constexpr,
     HAS_FP8: tl.constexpr,
     COMPUTE: tl.constexpr,
-    SPLIT_SCORES: tl.constexpr,  # see `_attend`
+    SPLIT_SCORES: tl.constexpr,  # see `attend_tile`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -327,16 +276,13 @@ def _flash_fwd_splitkv_mla_kernel(
                 mask = is_row[:, None] & (offs_c < PIECES[i][2])[None, :]
                 q += (tl.load(q_rows + offs_q[:, None] + offs_c[None, :], mask=mask, other=0.0),)
             table_ptr = block_table_ptr + request.to(tl.int64) * stride_table
-            out, total, largest = _attend(
+            out, largest, total = _attend(
                 q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys,
                 softmax_scale * LOG2_E, D_NOPE, BLOCK_SIZE, TILE, STRIDE_ROW, STRIDE_ROPE_ROW,
                 STRIDE_SCALE_ROW, PIECES, NUM_VALUE_PIECES, CAUSAL, HAS_FP8, COMPUTE, SPLIT_SCORES,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            is_empty = total == 0.0
-            total = tl.where(is_empty, 1.0, total)
-            log2_sum = tl.where(is_empty, float("-inf"), largest + tl.log2(total))
-            normalizer = 1.0 / total
+            log2_sum, normalizer = log2_sum_of(largest, total)
             if is_whole:
                 row = (first_query + query) * (HKV * GROUP) + head
                 tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)

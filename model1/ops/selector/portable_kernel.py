@@ -10,14 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from model1.ops.selector.portable_keys import (
+from model1.ops.online_softmax import (
     LN_2,
     LOG2_E,
     LOWEST_LOGIT,
+    attend_tile,
+    log2_sum_of,
+    merge_step,
+    scaled_scores,
+)
+from model1.ops.selector.portable_keys import (
     block_ids,
     load_keys,
     load_queries,
-    logits_of,
     tile_queries,
     visible_keys,
 )
@@ -108,36 +113,23 @@ def _lowrank_split_fwd_kernel(
         )  # fmt: skip
         # the next tile's blocks are on their way while this one is used
         blocks = block_ids(table_ptr, n + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-        logits = logits_of(q, keys, BLOCK_M, BLOCK_N, PIECES) * LOG2_E
         is_attended = (key < end)[None, :] & (key[None, :] < num_keys[:, None])
         if core_ptr is not None:
             mask = is_core_row & (key < end)[None, :]
             core = tl.load(core_ptr + key[None, :], mask=mask, other=1) != 0
             core = tl.broadcast_to(core[:, None, :], (QUERIES, BLOCK_H, BLOCK_N))
             is_attended &= ~tl.reshape(core, (BLOCK_M, BLOCK_N))
-        logits = tl.where(is_attended, logits, float("-inf"))
-        previous = largest
-        largest = tl.maximum(previous, tl.max(logits, 1))
-        weights = tl.exp2(logits - largest[:, None])
-        decay = tl.exp2(previous - largest)
-        total = total * decay + tl.sum(weights, 1)
-        if NUM_VALUE_PIECES > 0:
-            weights = weights.to(COMPUTE)
-            updated = ()
-            for i in tl.static_range(NUM_VALUE_PIECES):
-                kept = out[i] * decay[:, None]
-                updated += (tl.dot(weights, keys[i], acc=kept, input_precision="ieee"),)
-            out = updated
+        out, largest, total = attend_tile(
+            q, keys, keys, LOG2_E, is_attended, out, largest, total, True, True, False
+        )
 
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
     at = ((row - row_first).to(tl.int64) * H + head) * num_splits + split
-    log2_sum = tl.where(is_empty, float("-inf"), largest + tl.log2(total))
+    log2_sum, normalizer = log2_sum_of(largest, total)
     tl.store(lse_ptr + at, log2_sum, mask=is_row)
     for i in tl.static_range(NUM_VALUE_PIECES):
         channel = PIECES[i][0] + tl.arange(0, PIECES[i][1])
         mask = is_row[:, None] & (channel < PIECES[i][2])[None, :]
-        result = out[i] * (1.0 / total)[:, None]
+        result = out[i] * normalizer[:, None]
         tl.store(out_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], result, mask=mask)
 
 
@@ -153,8 +145,8 @@ def _merged_lse(lse_ptr, at, is_row, num_splits):
         previous = largest
         largest = tl.maximum(previous, tl.max(part, 1))
         total = total * tl.exp2(previous - largest) + tl.sum(tl.exp2(part - largest[:, None]), 1)
-    is_empty = total == 0.0
-    return tl.where(is_empty, float("-inf"), largest + tl.log2(tl.where(is_empty, 1.0, total)))
+    log2_sum, _ = log2_sum_of(largest, total)
+    return log2_sum
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "window", "stride_votes"])
@@ -226,7 +218,7 @@ def _lowrank_votes_kernel(
             PIECES, R, STRIDE_ROPE_ROW, BLOCK_SIZE, COMPUTE,
         )  # fmt: skip
         blocks = block_ids(table_ptr, n + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-        logits = logits_of(q, keys, BLOCK_M, BLOCK_N, PIECES) * LOG2_E
+        logits = scaled_scores(q, keys, LOG2_E, False)
         share_of_head = tl.reshape(tl.exp2(logits - lse[:, None]), (QUERIES, BLOCK_H, BLOCK_N))
         votes = tl.sum(share_of_head, 1)
         votes = tl.where(key[None, :] >= num_keys[:, None] - window, float("inf"), votes)
@@ -258,14 +250,8 @@ def _lowrank_combine_kernel(
         part = tl.load(
             partial_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], mask=mask, other=0.0
         )
-        previous = largest
-        largest = tl.maximum(previous, tl.max(lse, 0))
-        weights = tl.exp2(lse - largest)
-        decay = tl.exp2(previous - largest)
-        total = total * decay + tl.sum(weights, 0)
-        acc = acc * decay + tl.sum(part * weights[:, None], 0)
-    is_empty = total == 0.0
-    total = tl.where(is_empty, 1.0, total)
-    tl.store(lse_ptr + row, tl.where(is_empty, float("-inf"), (largest + tl.log2(total)) * LN_2))
-    out = (acc / total).to(out_ptr.dtype.element_ty)
+        acc, largest, total = merge_step(lse, part, acc, largest, total)
+    log2_sum, normalizer = log2_sum_of(largest, total)
+    tl.store(lse_ptr + row, log2_sum * LN_2)
+    out = (acc * normalizer).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * VALUE_DIM + channel, out, mask=channel < VALUE_DIM)

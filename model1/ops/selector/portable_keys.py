@@ -12,11 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Below every logit in use, yet finite: a row that has seen no key must not compute inf - inf.
-LOWEST_LOGIT = tl.constexpr(-1e30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES: tl.constexpr):
@@ -82,12 +77,3 @@ def load_keys(
             at = rope_ptr + rope_row[:, None] + (channel - R)[None, :]
         keys += (tl.load(at, mask=mask, other=0.0).to(COMPUTE),)
     return keys
-
-
-@triton.jit
-def logits_of(q, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES):
-    """Products of queries and keys, [BLOCK_M, BLOCK_N] fp32."""
-    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in tl.static_range(len(PIECES)):
-        logits = tl.dot(q[i], tl.trans(keys[i]), acc=logits, input_precision="ieee")
-    return logits

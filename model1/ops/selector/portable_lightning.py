@@ -22,10 +22,10 @@ from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache.bits import e4m3_to_fp32
 from model1.ops.kv_cache.portable import next_power_of_2
 from model1.ops.launch import device_target, launch_options, num_sms
+from model1.ops.online_softmax import scaled_scores
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_queries,
-    logits_of,
     tile_queries,
     visible_keys,
 )
@@ -120,7 +120,7 @@ def _lightning_scores_kernel(
             code = tl.load(key_ptr + (slot * D)[:, None] + channel[None, :], mask=mask, other=0)
             keys += (_numbers(code, HAS_FP8, COMPUTE),)
         blocks = block_ids(table_ptr, n + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-        logits = tl.maximum(logits_of(q, keys, BLOCK_M, BLOCK_N, PIECES), 0.0) * weight[:, None]
+        logits = tl.maximum(scaled_scores(q, keys, 1.0, False), 0.0) * weight[:, None]
         scores = tl.sum(tl.reshape(logits, (QUERIES, BLOCK_H, BLOCK_N)), 1) * scale[None, :]
         tl.store(scores_ptr + key[None, :], scores, mask=(query < last)[:, None] & is_key[None, :])
 

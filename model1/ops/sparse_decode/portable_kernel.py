@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model1.ops.online_softmax import LN_2, LOG2_E, LOWEST_LOGIT, attend_tile, merge_step
 from model1.ops.sparse_decode.portable_row import (
     load_piece,
     num_pieces,
@@ -20,10 +21,6 @@ from model1.ops.sparse_decode.portable_row import (
     row_addresses,
 )
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# The running maximum begins here: -inf would give inf - inf. No finite score is this small.
-_LOWEST = tl.constexpr(-1.0e30)
 # Splits of one step of the merge.
 _STEP = tl.constexpr(8)
 
@@ -60,14 +57,14 @@ def _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head):
     lse = tl.where(is_empty, float("-inf"), row_max + tl.log2(tl.where(is_empty, 1.0, row_sum)))
     if sink_ptr is not None:
         sink = tl.load(sink_ptr + head, mask=is_head, other=0.0)
-        row_sum += tl.exp2(sink * _LOG2_E - tl.where(is_empty, 0.0, row_max))
+        row_sum += tl.exp2(sink * LOG2_E - tl.where(is_empty, 0.0, row_max))
     return tl.where(is_empty, 0.0, 1.0 / tl.where(is_empty, 1.0, row_sum)), lse
 
 
 @triton.jit
 def _store_lse(lse_ptr, lse, is_head, empty_lse):
     """A base-2 lse as a natural one."""
-    lse = tl.where(lse == float("-inf"), empty_lse, lse * _LN_2)
+    lse = tl.where(lse == float("-inf"), empty_lse, lse * LN_2)
     tl.store(lse_ptr, lse, mask=is_head)
 
 
@@ -80,41 +77,6 @@ def _store_pieces(out_ptr, acc, weight, head, is_head, ROW: tl.constexpr, VALUE_
         mask = is_head[:, None] & (channel < VALUE_DIM)[None, :]
         out = (acc[piece] * weight[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, out, mask=mask)
-
-
-@triton.jit
-def _scaled_scores(q, kv, scale, SPLIT_SCORES: tl.constexpr):
-    """scale * q . k^T over all pieces; SPLIT_SCORES scales first: no product feeds another."""
-    score = tl.dot(q[0], tl.trans(kv[0]), input_precision="ieee")
-    if SPLIT_SCORES:
-        score *= scale
-        for piece in tl.static_range(1, len(q)):
-            score += tl.dot(q[piece], tl.trans(kv[piece]), input_precision="ieee") * scale
-    else:
-        for piece in tl.static_range(1, len(q)):
-            score = tl.dot(q[piece], tl.trans(kv[piece]), score, input_precision="ieee")
-        score *= scale
-    return score
-
-
-@triton.jit
-def _softmax_step(score, is_valid, row_max, row_sum):
-    """The weights of a tile's keys, the new maximum and sum, and the factor of all before."""
-    score = tl.where(is_valid[None, :], score, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(score, 1))
-    p = tl.exp2(score - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
-    return p, new_max, row_sum * rescale + tl.sum(p, 1), rescale
-
-
-@triton.jit
-def _add_values(acc, rescale, p, kv):
-    """acc * rescale + p @ kv for the pieces that are values."""
-    new_acc = ()
-    for piece in tl.static_range(len(acc)):
-        old = acc[piece] * rescale[:, None]
-        new_acc += (tl.dot(p, kv[piece], old, input_precision="ieee"),)
-    return new_acc
 
 
 # Nothing is gained from specialising these, and each distinct 1 or multiple of 16 would compile.
@@ -173,7 +135,7 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
         q += (tl.load(q_ptr + at, mask=is_head[:, None], other=0.0),)
         if piece_start(ROW, piece) < VALUE_DIM:
             acc += (tl.zeros([BLOCK_H, piece_width(ROW, piece)], tl.float32),)
-    row_max = tl.full([BLOCK_H], _LOWEST, tl.float32)
+    row_max = tl.full([BLOCK_H], LOWEST_LOGIT, tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
 
     slots_ptr += request * stride_slots_b + query * stride_slots_s
@@ -205,21 +167,10 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
         for piece in tl.static_range(num_pieces(ROW)):
             k = load_piece(tile_ptr, address, scale_word, is_valid, ROW, piece, NATIVE_FP8, DTYPE)
             kv += (k,)
-        score = _scaled_scores(q, kv, scale_log2, SPLIT_SCORES)
-        if SPLIT_SCORES:
-            # Both branches are always taken. They keep Triton from seeing that the score product
-            # feeds the value product, of which it would let each warp group compute the former
-            # in full, and they place the copies of the next tile before the softmax.
-            if tile < last_tile:
-                rescale = row_max
-                if first_tile < last_tile:
-                    score, row_max, row_sum, rescale = _softmax_step(
-                        score, is_valid, row_max, row_sum
-                    )
-                acc = _add_values(acc, rescale, score.to(DTYPE), kv)
-        else:
-            p, row_max, row_sum, rescale = _softmax_step(score, is_valid, row_max, row_sum)
-            acc = _add_values(acc, rescale, p.to(DTYPE), kv)
+        acc, row_max, row_sum = attend_tile(
+            q, kv, kv, scale_log2, is_valid[None, :], acc, row_max, row_sum, tile < last_tile,
+            first_tile < last_tile, SPLIT_SCORES,
+        )  # fmt: skip
 
     row_head = row.to(tl.int64) * h
     if num_tiles <= split_tiles:
@@ -249,7 +200,7 @@ def _flash_fwd_mla_combine_kernel(
     if num_splits <= 1:
         return  # the split kernel has written the result
     channel = tl.arange(0, BLOCK_C)
-    row_max, row_sum = _LOWEST, 0.0
+    row_max, row_sum = LOWEST_LOGIT, 0.0
     acc = tl.zeros([BLOCK_C], tl.float32)
     for first in range(0, num_splits, _STEP):
         split = first + tl.arange(0, _STEP)
@@ -259,12 +210,7 @@ def _flash_fwd_mla_combine_kernel(
         partial = tl.load(
             partial_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], mask=mask, other=0.0
         )
-        new_max = tl.maximum(row_max, tl.max(lse, 0))
-        weight = tl.exp2(lse - new_max)
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(weight, 0)
-        acc = acc * rescale + tl.sum(partial * weight[:, None], 0)
-        row_max = new_max
+        acc, row_max, row_sum = merge_step(lse, partial, acc, row_max, row_sum)
     weight, lse = _weight_and_lse(row_max, row_sum, sink_ptr, head, head < h)
     _store_lse(lse_ptr + row_head, lse, head < h, empty_lse)
     out = (acc * weight).to(out_ptr.dtype.element_ty)

@@ -10,7 +10,6 @@ one block ahead of the products. Logits are in base 2.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,20 +20,17 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import device_target, launch_options
+from model1.ops.online_softmax import LN_2, LOG2_E, LOWEST_LOGIT, attend_tile, scaled_pieces
 from model1.ops.sparse_prefill.config import Config, forward_config
 from model1.ops.sparse_prefill.tiles import (
-    add_products,
     list_length,
     load_indices,
     load_pieces,
     row_alignment,
-    scaled_scores,
     store_pieces,
     zero_pieces,
 )
 
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2.0))
 MODELS = {"MODEL1": 512, "V32": 576}  # channels of a row; both have 512 of values
 _TYPES = (
     dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr", "dout_ptr", "dq_ptr"), "*bf16")
@@ -44,33 +40,11 @@ _TYPES = (
     | dict.fromkeys(("order_ptr", "ends_ptr"), "*i64")
     | dict.fromkeys(("softmax_scale", "empty_lse"), "fp32")
 )
-# The running maximum starts here, below every logit but finite: -inf - -inf would be NaN.
-LOWEST = tl.constexpr(-3.0e38)
-
-
 # Numbers of which no value is worth a compilation of its own; strides count multiples of ALIGN.
 SIZES = [
     "num_heads", "num_keys", "topk", "first_row", "stride_topk",
     "stride_qt", "stride_qh", "stride_kv", "stride_dt", "stride_dh",
 ]  # fmt: skip
-
-
-@triton.jit
-def _softmax_step(s, is_valid, m, total):
-    """Probabilities of a block of logits s under the new running maximum, and the state."""
-    s = tl.where(is_valid[None, :], s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    shrink = tl.exp2(m - m_new)
-    p = tl.exp2(s - m_new[:, None])
-    return p, m_new, total * shrink + tl.sum(p, 1), shrink
-
-
-@triton.jit
-def _scale_rows(pieces, factor):
-    new = ()
-    for c in tl.static_range(len(pieces)):
-        new += (pieces[c] * factor[:, None],)
-    return new
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -92,7 +66,7 @@ def _sparse_attn_fwd_kernel(
 
     length = list_length(topk_length_ptr, i, topk)
     entries = topk_indices_ptr + i * stride_topk
-    m = tl.full([BLOCK_H], LOWEST, tl.float32)
+    m = tl.full([BLOCK_H], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = zero_pieces(BLOCK_H, VALUE_DIM, D, PIECE)
     # indices are read one block ahead, so that the gather never waits for them
@@ -103,25 +77,17 @@ def _sparse_attn_fwd_kernel(
         k_rows = kv_ptr + tl.where(is_key, index, 0)[:, None].to(tl.int64) * stride_kv * ALIGN
         k = load_pieces(k_rows, is_key, D, D, PIECE)
         index = load_indices(entries, start + BLOCK_N, length, BLOCK_N)
-        s = scaled_scores(q, k, softmax_scale * LOG2_E, SPLIT_SCORES)
-        if SPLIT_SCORES:
-            # Both branches are always taken. They keep Triton from seeing that the score product
-            # feeds the value product, of which it would let each warp group compute the former
-            # in full, and they place the gather of the next block before the softmax.
-            if start < length:
-                shrink = m
-                if length > 0:
-                    s, m, total, shrink = _softmax_step(s, is_key, m, total)
-                acc = add_products(_scale_rows(acc, shrink), s.to(k[0].dtype), k)
-        else:
-            p, m, total, shrink = _softmax_step(s, is_key, m, total)
-            acc = add_products(_scale_rows(acc, shrink), p.to(k[0].dtype), k)
+        acc, m, total = attend_tile(
+            q, k, k, softmax_scale * LOG2_E, is_key[None, :], acc, m, total, start < length,
+            length > 0, SPLIT_SCORES,
+        )  # fmt: skip
 
     denominator = total
     if attn_sink_ptr is not None:
         sink = tl.load(attn_sink_ptr + offs_h, mask=is_head, other=0.0)
         denominator = total + tl.exp2(sink * LOG2_E - m)
-    out = _scale_rows(acc, 1.0 / tl.where(denominator == 0.0, 1.0, denominator))
+    normalizer = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
+    out = scaled_pieces(acc, normalizer[:, None])
     row = i * num_heads + offs_h
     store_pieces(out_ptr + row[:, None] * VALUE_DIM, is_head, out, VALUE_DIM, D, PIECE)
     is_empty = total == 0.0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import device_target, launch_options
+from model1.ops.online_softmax import LOG2_E, add_products, scaled_scores
 from model1.ops.sparse_prefill.config import Config, backward_config
 from model1.ops.sparse_prefill.pairs import (
     add_pairs,
@@ -27,15 +28,8 @@ from model1.ops.sparse_prefill.pairs import (
     rows_per_buffer,
     sum_pairs_kernel,
 )
-from model1.ops.sparse_prefill.portable import (
-    LOG2_E,
-    MODELS,
-    SIZES,
-    check_dtype,
-    compile_case,
-)
+from model1.ops.sparse_prefill.portable import MODELS, SIZES, check_dtype, compile_case
 from model1.ops.sparse_prefill.tiles import (
-    add_products,
     list_length,
     load_indices,
     load_pieces,
@@ -44,7 +38,6 @@ from model1.ops.sparse_prefill.tiles import (
     piece_mask,
     piece_width,
     row_alignment,
-    scaled_scores,
     store_pieces,
     zero_pieces,
 )

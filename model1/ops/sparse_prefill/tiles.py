@@ -81,35 +81,6 @@ def zero_pieces(ROWS: tl.constexpr, LIMIT: tl.constexpr, D: tl.constexpr, PIECE:
 
 
 @triton.jit
-def add_products(acc, x, y):
-    """acc + x . y for every piece of acc and y; x [rows of acc, rows of y]."""
-    new = ()
-    for c in tl.static_range(len(acc)):
-        new += (tl.dot(x, y[c], acc[c], input_precision="ieee"),)
-    return new
-
-
-@triton.jit
-def scaled_scores(x, y, scale, SPLIT_SCORES: tl.constexpr):
-    """scale * x . y^T of two tuples of pieces, [rows of x, rows of y] fp32.
-
-    Triton gives the warps of a product that feeds another one rows only, and where there are more
-    warps than rows several compute the same. SPLIT_SCORES sums the pieces after the scaling, not
-    as a chain of products, so that only the result can be such a feeder (see `portable`).
-    """
-    scores = tl.dot(x[0], y[0].T, input_precision="ieee")
-    if SPLIT_SCORES:
-        scores *= scale
-        for c in tl.static_range(1, len(x)):
-            scores += tl.dot(x[c], y[c].T, input_precision="ieee") * scale
-    else:
-        for c in tl.static_range(1, len(x)):
-            scores = tl.dot(x[c], y[c].T, scores, input_precision="ieee")
-        scores *= scale
-    return scores
-
-
-@triton.jit
 def load_indices(entries, start, length, BLOCK_N: tl.constexpr):
     """Entries start .. start + BLOCK_N of a list, -1 from `length` on."""
     position = start + tl.arange(0, BLOCK_N)
