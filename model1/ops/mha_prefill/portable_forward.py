@@ -93,7 +93,8 @@ def _attend(
 ):  # fmt: skip
     """Keys first..last, whole tiles: the running output, maximum and sum after them."""
     offs_n = tl.arange(0, BLOCK_N)
-    for start in range(first, last, BLOCK_N):
+    # masks are computed again: kept from tile to tile they cost registers that are needed
+    for start in tl.range(first, last, BLOCK_N, disable_licm=IS_MASKED):
         key = start + offs_n
         is_key = key < s
         k = load_rows(k_ptr, key.to(tl.int64) * stride_kt, is_key, K_PIECES, IS_MASKED)
