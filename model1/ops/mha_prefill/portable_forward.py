@@ -94,7 +94,7 @@ def _attend(
     """Keys first..last, whole tiles: the running output, maximum and sum after them."""
     offs_n = tl.arange(0, BLOCK_N)
     # masks are computed again: kept from tile to tile they cost registers that are needed
-    for start in tl.range(first, last, BLOCK_N, disable_licm=IS_MASKED):
+    for start in tl.range(first, last, BLOCK_N, disable_licm=IS_MASKED):  # pyright: ignore
         key = start + offs_n
         is_key = key < s
         k = load_rows(k_ptr, key.to(tl.int64) * stride_kt, is_key, K_PIECES, IS_MASKED)
