@@ -70,8 +70,8 @@ def lowrank_topk(
     fp32, -inf for a row with key_end <= 0. Positions that no row of the request sees may hold
     anything, NaN included. Backends may differ where votes are equal but for rounding.
     deterministic: a row's results do not depend on its batch mates. Scratch memory: 4 bytes per row
-    and position and per row, head and split, 20 KiB per row, in chunks of rows under 256 MiB (or
-    one row). Not differentiable. Raises ValueError for shapes, dtypes, devices and strides,
+    and position and per row, head and split, 33 KiB per row, and for few heads 2 (fp32: 4) bytes
+    per row, position and head; in chunks of rows under 256 MiB (or one row). Not differentiable. Raises ValueError for shapes, dtypes, devices and strides,
     BackendUnavailable for a backend that cannot run here.
     The scan is ours, see docs/architecture.md.
     """

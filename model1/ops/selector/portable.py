@@ -1,8 +1,10 @@
 """The selectors in Triton: launches and the list of kernels.
 
-A chunk of rows takes two launches over the keys, for the log-sum-exp of every head and for the
-votes that it normalises, then the choice. Chunks bound the votes, [rows, max_seqlen] fp32, to
-`WORKSPACE_BYTES`. Nothing waits for the device: the launches can be captured in a CUDA graph.
+A chunk of rows takes one launch over the keys and one over the weights that it stores
+(`portable_votes`), or two over the keys, for the log-sum-exp of every head and for the votes that
+it normalises (`portable_kernel`); then the choice. Chunks bound the votes, [rows, max_seqlen] fp32,
+and the weights to `WORKSPACE_BYTES`. Nothing waits for the device: the launches can be captured in
+a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,12 +16,20 @@ from torch import Tensor
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache import KVLayout
-from model1.ops.launch import launch_options
+from model1.ops.launch import device_target, launch_options
 from model1.ops.selector.portable_kernel import _lowrank_split_fwd_kernel, _lowrank_votes_kernel
 from model1.ops.selector.portable_scan import Scan, scan_case
-from model1.ops.selector.portable_select import SELECT_BYTES, select_cases, store_largest
+from model1.ops.selector.portable_select import (
+    DIGIT_CONSTANTS,
+    SELECT_BYTES,
+    empty_state,
+    select_cases,
+    store_largest,
+)
 from model1.ops.selector.portable_sizes import Config, ScanShape, choose_config, row_chunks
+from model1.ops.selector.portable_votes import _lowrank_tally_kernel, _lowrank_weights_kernel
 
+_TALLY_COLUMNS, _TALLY_WARPS = 1024, 4
 # The split kernel without a core to leave out and without values: only the log-sum-exp.
 _NO_VALUES: dict[str, Any] = {
     "core_ptr": None, "out_ptr": None, "NUM_VALUE_PIECES": 0, "VALUE_DIM": 0
@@ -39,32 +49,85 @@ def lowrank_topk_triton(
     )  # fmt: skip
     t, h, _ = scan_q.shape
     device = scan_q.device
-    topk_indices = torch.full((t, topk), -1, dtype=torch.int32, device=device)
-    lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
     if scan.is_empty:
-        return topk_indices, lse
-    width = -(-max_seqlen // 4) * 4
+        lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
+        return torch.full((t, topk), -1, dtype=torch.int32, device=device), lse
+    topk_indices = torch.empty(t, topk, dtype=torch.int32, device=device)
+    lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
+    # what a row's bits follow from must not depend on its batch mates
+    is_single = deterministic or max_seqlen_q == 1
+    find_votes = _stored_votes if is_single and scan.shape.stores_weights else _scanned_votes
+    find_votes(scan, config, deterministic, core_count, sliding_window, topk_indices, lse)
+    return topk_indices, lse
+
+
+def _scanned_votes(
+    scan: Scan, config: Config | None, deterministic: bool, core_count: Tensor, window: int,
+    topk_indices: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """The choice by two readings of the keys."""
+    h, device = scan.shape.h, lse.device
+    width = -(-scan.max_seqlen // 4) * 4
     row_bytes = 4 * width + SELECT_BYTES
     config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
     votes = torch.empty(cut.rows, width, dtype=torch.float32, device=device)
     partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
     options = launch_options(config.num_warps, config.num_stages)
     grid = (scan.num_programs(cut),)
-    for first, end in row_chunks(t, cut.rows):
+    for first, end in row_chunks(len(lse), cut.rows):
         arguments = scan.arguments(config, cut, (first, end))
-        with torch.cuda.device_of(scan_q):
+        with torch.cuda.device_of(lse):
             _lowrank_split_fwd_kernel[grid](
                 lse_ptr=partial, stride_core=0, min_split_tiles=cut.min_split_tiles,
                 **_NO_VALUES, **arguments, **options,
             )  # fmt: skip
             _lowrank_votes_kernel[grid](
-                partial_ptr=partial, votes_ptr=votes, lse_ptr=lse, window=sliding_window,
+                partial_ptr=partial, votes_ptr=votes, lse_ptr=lse, window=window,
                 stride_votes=width, **arguments, **options,
             )  # fmt: skip
         store_largest(
-            votes, key_end[first:end], core_count[first:end], max_seqlen, topk_indices[first:end]
-        )
-    return topk_indices, lse
+            votes, scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
+            topk_indices[first:end],
+        )  # fmt: skip
+
+
+def _stored_votes(
+    scan: Scan, config: Config | None, deterministic: bool, core_count: Tensor, window: int,
+    topk_indices: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """The choice by one reading of the keys, which stores the weights of every head."""
+    h, device = scan.shape.h, lse.device
+    config = config or choose_config(device_target(device), scan.shape, is_single=True)
+    num_tiles = -(-scan.max_seqlen // config.block_n)
+    width = num_tiles * config.block_n
+    dtype = torch.float32 if scan.scan_q.dtype == torch.float32 else torch.uint16
+    row_bytes = 4 * width + num_tiles * h * (config.block_n * dtype.itemsize + 4) + SELECT_BYTES
+    config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
+    votes = torch.empty(cut.rows, width, dtype=torch.float32, device=device)
+    weights = torch.empty(cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device)
+    largest = torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device)
+    partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
+    num_chunks = -(-scan.max_seqlen // _TALLY_COLUMNS)
+    for first, end in row_chunks(len(lse), cut.rows):
+        key_end, count = scan.key_end[first:end], core_count[first:end]
+        chosen = topk_indices[first:end]
+        state = empty_state(end - first, device)
+        with torch.cuda.device_of(lse):
+            _lowrank_weights_kernel[(scan.num_programs(cut),)](
+                weights_ptr=weights, largest_ptr=largest, partial_ptr=partial, num_tiles=num_tiles,
+                min_split_tiles=cut.min_split_tiles, **scan.arguments(config, cut, (first, end)),
+                **launch_options(config.num_warps, config.num_stages),
+            )  # fmt: skip
+            _lowrank_tally_kernel[((end - first) * num_chunks,)](
+                weights, largest, partial, count, key_end, votes, lse[first:end], state,
+                scan.max_seqlen, chosen.shape[1], num_chunks, cut.num_splits, num_tiles, window,
+                width, **_tally_constants(scan.shape, config), **launch_options(_TALLY_WARPS, 1),
+            )  # fmt: skip
+        store_largest(votes, key_end, count, scan.max_seqlen, chosen, state)
+
+
+def _tally_constants(shape: ScanShape, config: Config) -> dict[str, Any]:
+    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": _TALLY_COLUMNS, **DIGIT_CONSTANTS}
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
@@ -75,8 +138,23 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         shape = ScanShape(h=h, r=64, layout=layout, block_size=64, dtype=torch.bfloat16)
         config = choose_config(target, shape, is_single=is_single)
         name = f"h{h}{'' if is_single else ' prefill'}"
+        if is_single and shape.stores_weights:
+            kernel = _lowrank_weights_kernel
+            cases.append(scan_case(f"lowrank_weights {name}", kernel, shape, config, {}))
+            cases.append(_tally_case(f"lowrank_tally {name}", _tally_constants(shape, config)))
+            continue
         kernel = _lowrank_split_fwd_kernel
         cases.append(scan_case(f"lowrank_lse {name}", kernel, shape, config, _NO_VALUES))
         kernel = _lowrank_votes_kernel
         cases.append(scan_case(f"lowrank_votes {name}", kernel, shape, config, {}))
     return cases
+
+
+def _tally_case(name: str, constants: dict[str, Any]) -> CompileCase:
+    kernel = _lowrank_tally_kernel
+    pointers = {
+        "weights_ptr": "*u16", "largest_ptr": "*fp32", "partial_ptr": "*fp32", "count_ptr": "*i32",
+        "key_end_ptr": "*i32", "votes_ptr": "*fp32", "lse_ptr": "*fp32", "state_ptr": "*i32",
+    }  # fmt: skip
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
+    return CompileCase(name, kernel, signature, constants, _TALLY_WARPS, 1)

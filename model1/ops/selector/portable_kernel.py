@@ -23,12 +23,11 @@ from model1.ops.selector.portable_keys import (
     block_ids,
     load_keys,
     load_queries,
+    merged_lse,
+    split_keys,
     tile_queries,
     visible_keys,
 )
-
-# Partial sums that are merged at once.
-_STEP = tl.constexpr(32)
 
 # These change from call to call: a kernel for each kind of number would be compiled in mid-service.
 _SIZES = [
@@ -87,10 +86,7 @@ def _lowrank_split_fwd_kernel(
     is_row = (row < last) & (head < H)
     num_keys = visible_keys(key_end_ptr, row, is_row, max_seqlen)
     end = tl.max(num_keys, 0)
-    # whole tiles: an even share of what the tile's rows see, at least min_split_tiles
-    share = tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits), min_split_tiles) * BLOCK_N
-    start = split * share
-    end = tl.minimum(start + share, end)
+    start, end = split_keys(end, split, num_splits, min_split_tiles, BLOCK_N)
 
     offsets = row.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
     q = load_queries(q_ptr, offsets, is_row, PIECES)
@@ -131,22 +127,6 @@ def _lowrank_split_fwd_kernel(
         mask = is_row[:, None] & (channel < PIECES[i][2])[None, :]
         result = out[i] * normalizer[:, None]
         tl.store(out_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], result, mask=mask)
-
-
-@triton.jit
-def _merged_lse(lse_ptr, at, is_row, num_splits):
-    """Base-2 log-sum-exp of each row over its splits, which begin at `at`; -inf without keys."""
-    largest = tl.full(at.shape, LOWEST_LOGIT, tl.float32)
-    total = tl.zeros(at.shape, tl.float32)
-    for first in range(0, num_splits, _STEP):
-        split = first + tl.arange(0, _STEP)
-        mask = is_row[:, None] & (split < num_splits)[None, :]
-        part = tl.load(lse_ptr + at[:, None] + split[None, :], mask=mask, other=float("-inf"))
-        previous = largest
-        largest = tl.maximum(previous, tl.max(part, 1))
-        total = total * tl.exp2(previous - largest) + tl.sum(tl.exp2(part - largest[:, None]), 1)
-    log2_sum, _ = log2_sum_of(largest, total)
-    return log2_sum
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "window", "stride_votes"])
@@ -193,7 +173,7 @@ def _lowrank_votes_kernel(
     row, head = first + tl.arange(0, BLOCK_M) // BLOCK_H, tl.arange(0, BLOCK_M) % BLOCK_H
     is_row = (row < last) & (head < H)
     at = ((row - row_first).to(tl.int64) * H + head) * num_splits
-    lse = _merged_lse(partial_ptr, at, is_row, num_splits)
+    lse = merged_lse(partial_ptr, at, is_row, num_splits)
     if split == 0:
         tl.store(lse_ptr + row.to(tl.int64) * H + head, lse * LN_2, mask=is_row)
     # weight 0 for heads that do not exist
@@ -201,9 +181,7 @@ def _lowrank_votes_kernel(
     query = first + tl.arange(0, QUERIES)
     num_keys = visible_keys(key_end_ptr, query, query < last, max_seqlen)
     end = tl.max(num_keys, 0)
-    share = tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N
-    start = split * share
-    end = tl.minimum(start + share, end)
+    start, end = split_keys(end, split, num_splits, 1, BLOCK_N)
     votes_ptr += (query - row_first).to(tl.int64)[:, None] * stride_votes
     is_query = (query < last)[:, None]
 

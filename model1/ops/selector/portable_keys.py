@@ -12,6 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model1.ops.online_softmax import LOWEST_LOGIT, log2_sum_of
+
+# Partial sums that are merged at once.
+_SPLITS = tl.constexpr(32)
+
 
 @triton.jit
 def tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES: tl.constexpr):
@@ -29,6 +34,13 @@ def visible_keys(key_end_ptr, row, is_row, max_seqlen):
     """How many keys each row sees."""
     end = tl.load(key_end_ptr + row, mask=is_row, other=0)
     return tl.minimum(tl.maximum(end, 0), max_seqlen)
+
+
+@triton.jit
+def split_keys(end, split, num_splits, min_split_tiles, BLOCK_N: tl.constexpr):
+    """First key of a split and where it ends: an even share of the tiles before `end`."""
+    share = tl.maximum(tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits), min_split_tiles) * BLOCK_N
+    return split * share, tl.minimum(split * share + share, end)
 
 
 @triton.jit
@@ -77,3 +89,19 @@ def load_keys(
             at = rope_ptr + rope_row[:, None] + (channel - R)[None, :]
         keys += (tl.load(at, mask=mask, other=0.0).to(COMPUTE),)
     return keys
+
+
+@triton.jit
+def merged_lse(lse_ptr, at, is_row, num_splits):
+    """Base-2 log-sum-exp of each row over its splits, which begin at `at`; -inf without keys."""
+    largest = tl.full(at.shape, LOWEST_LOGIT, tl.float32)
+    total = tl.zeros(at.shape, tl.float32)
+    for first in range(0, num_splits, _SPLITS):
+        split = first + tl.arange(0, _SPLITS)
+        mask = is_row[:, None] & (split < num_splits)[None, :]
+        part = tl.load(lse_ptr + at[:, None] + split[None, :], mask=mask, other=float("-inf"))
+        previous = largest
+        largest = tl.maximum(previous, tl.max(part, 1))
+        total = total * tl.exp2(previous - largest) + tl.sum(tl.exp2(part - largest[:, None]), 1)
+    log2_sum, _ = log2_sum_of(largest, total)
+    return log2_sum

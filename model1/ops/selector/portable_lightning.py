@@ -26,6 +26,7 @@ from model1.ops.online_softmax import scaled_scores
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_queries,
+    split_keys,
     tile_queries,
     visible_keys,
 )
@@ -95,9 +96,7 @@ def _lightning_scores_kernel(
     is_row = (row < last) & (head < H)
     query = first + tl.arange(0, QUERIES)
     end = tl.max(visible_keys(key_end_ptr, query, query < last, max_seqlen), 0)
-    share = tl.cdiv(tl.cdiv(end, BLOCK_N), num_splits) * BLOCK_N
-    start = split * share
-    end = tl.minimum(start + share, end)
+    start, end = split_keys(end, split, num_splits, 1, BLOCK_N)
 
     weight = tl.load(weights_ptr + row.to(tl.int64) * H + head, mask=is_row, other=0.0)
     offsets = row.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
@@ -151,9 +150,9 @@ def lightning_topk_triton(
 ) -> Tensor:
     """See `model1.ops.selector.lightning_topk`."""
     t, h, d = q.shape
-    topk_indices = torch.full((t, topk), -1, dtype=torch.int32, device=q.device)
     if 0 in (t, len(block_table), max_seqlen):
-        return topk_indices
+        return torch.full((t, topk), -1, dtype=torch.int32, device=q.device)
+    topk_indices = torch.empty(t, topk, dtype=torch.int32, device=q.device)
     config = config or choose_config(h, is_single=max_seqlen_q == 1)
     constants = _constants(h, d, block_size, config, device_target(q.device))
     width = -(-max_seqlen // 4) * 4

@@ -57,6 +57,11 @@ class ScanShape:
             self.r, width, _WIDEST_PIECE
         )
 
+    @property
+    def stores_weights(self) -> bool:
+        """Whether 16 bits per head, written and read, are less than a second reading of a key."""
+        return 2 * self.h < self.r + self.layout.d_rope
+
     def queries(self, config: Config) -> int:
         """Queries of a tile."""
         return max(1, config.block_m // self.block_h)
@@ -73,7 +78,7 @@ class Cut:
 
 
 def choose_config(target: KernelTarget, shape: ScanShape, *, is_single: bool) -> Config:
-    """The sizes for a GPU. Not yet measured.
+    """The sizes for a GPU. One query for each request: measured on an H200, 2026-11-23.
 
     is_single: each request has one query, or bits must not depend on how many it has.
     """
@@ -102,7 +107,8 @@ def choose_cut(
 ) -> Cut:  # fmt: skip
     """Chunks whose scratch memory, row_bytes and split_bytes per split for a row, is bounded."""
     queries = shape.queries(config)
-    tiles = min(b * -(-max_seqlen_q // queries), t)
+    rows = max(1, min(t, WORKSPACE_BYTES // row_bytes))
+    tiles = min(b * -(-max_seqlen_q // queries), rows)
     if deterministic:
         # the keys of a split do not depend on anything, and so neither do a row's partial sums
         num_splits = max(1, -(-max_seqlen // config.deterministic_split_keys))
@@ -111,7 +117,8 @@ def choose_cut(
         parallel = config.programs_per_sm * num_sms
         num_splits = config.num_splits or choose_num_splits(tiles, max_seqlen, parallel)
         min_split_tiles = 1
-    rows = max(1, min(t, WORKSPACE_BYTES // (row_bytes + num_splits * split_bytes)))
+    rows = max(1, min(rows, WORKSPACE_BYTES // (row_bytes + num_splits * split_bytes)))
+    rows = -(-t // -(-t // rows))  # chunks of about one size
     row_tiles = -(-min(rows, max_seqlen_q) // queries)
     return Cut(rows, row_tiles, num_splits, min_split_tiles)
 
