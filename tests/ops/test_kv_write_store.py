@@ -204,6 +204,18 @@ def test_slots_beyond_32_bits() -> None:
     _store_and_read_far(cache, layout, 2**31 + 5, block_size)
 
 
+def test_channels_beyond_two_giga_elements() -> None:
+    layout, step = KVLayout("bf16", 3, 2), 2**29  # channel 4 lies 2^31 elements on
+    pages = torch.frombuffer(mmap.mmap(-1, 2 * (4 * step + 8)), dtype=torch.bfloat16)
+    kv = pages.as_strided((2, layout.d), (1, step)).copy_(torch.randn(2, layout.d))
+    caches = [allocate_kv_cache(1, 2, layout, "cpu") for _ in range(2)]
+    for x, cache in zip((kv, kv.contiguous()), caches, strict=True):
+        quantize_and_store(
+            x, cache, torch.arange(2), layout=layout, block_size=2, backend="triton"
+        )  # fmt: skip
+    assert torch.equal(*caches)
+
+
 @pytest.mark.gpu
 def test_addresses_beyond_four_gibibytes_on_a_gpu() -> None:
     for layout in (LAYOUTS[0], LAYOUTS[3]):

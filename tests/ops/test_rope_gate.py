@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -170,6 +171,23 @@ def test_rows_do_not_depend_on_each_other(backend: str, device: str) -> None:
     assert bad[1].isnan().all()
     assert bad[0].isnan().nonzero().tolist() == [[1, 2]]
     assert torch.equal(bad[2:], want[2:])
+
+
+@INTERPRETED
+@pytest.mark.triton
+def test_heads_beyond_two_giga_elements() -> None:
+    from model1.ops.rope_gate import portable
+
+    step = 2**30  # the third head lies 2^31 elements on; untouched pages take no memory
+    pages = torch.frombuffer(mmap.mmap(-1, 2 * (2 * step + 128)), dtype=torch.bfloat16)
+    near_out, near_gate = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3).bfloat16()
+    out, gate = pages.as_strided((2, 3, 8), (8, step, 1)), pages[64:].as_strided((2, 3), (1, step))
+    results = []
+    for x, scale in ((near_out, near_gate), (out.copy_(near_out), gate.copy_(near_gate))):
+        grads = portable.inverse_rope_gate_backward_triton(near_out, x, None, scale)
+        results.append((portable.inverse_rope_gate_triton(x, None, scale), *grads))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("device", DEVICES)

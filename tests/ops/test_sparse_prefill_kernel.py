@@ -283,6 +283,20 @@ def test_keys_beyond_two_gibibytes() -> None:
 
 
 @pytest.mark.gpu
+def test_pairs_of_one_query_beyond_two_giga_elements() -> None:
+    arguments = make_arguments(Shape(t=1, h=17, s=9, topk=3, d=512, value_dim=512))
+    arguments["topk_length"] = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    config = backward_config(KernelTarget("cuda", 90), 16, 512, 2, True)
+    assert config.block_h == 16  # two tiles of heads: the second one's pairs begin at 2^31
+    want = backward_with(config, arguments, deterministic=True)
+    index = torch.full((1, 2**22), -1, dtype=torch.int32, device=DEVICE)
+    index[:, :3] = arguments["topk_indices"]
+    got = backward_with(config, arguments | {"topk_indices": index}, deterministic=True)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
 def test_captured_in_a_cuda_graph() -> None:
     arguments = make_arguments(Shape(t=9, h=64, s=300, topk=100, d=512, value_dim=512))
     config = backward_config(KernelTarget("cuda", 90), 64, 512, 2, True)

@@ -66,10 +66,11 @@ def _kv_write_fwd_kernel(
     is_nope = (channel < D_NOPE)[None]
     kv_row = kv_ptr + token[:, None] * stride_kv_t
     is_read = is_token & (channel < WIDTH)[None]
-    x = tl.load(kv_row + channel[None] * stride_kv_d, mask=is_read, other=0.0).to(tl.float32)
+    x_ptr = kv_row + channel.to(tl.int64)[None] * stride_kv_d
+    x = tl.load(x_ptr, mask=is_read, other=0.0).to(tl.float32)
     turn = tl.arange(0, BLOCK_ROPE)
     is_rope = is_token & (turn < D_ROPE)[None]
-    rope_ptr = kv_row + (D_NOPE + turn)[None] * stride_kv_d
+    rope_ptr = kv_row + (D_NOPE + turn).to(tl.int64)[None] * stride_kv_d
     rope = tl.load(rope_ptr, mask=is_rope, other=0.0).to(tl.float32)
 
     # Every step rounds to the dtype of kv, as separate operators would.

@@ -42,7 +42,7 @@ def _inverse_rope_gate_fwd_kernel(
     D_PLAIN: tl.constexpr = D - D_ROPE
     num_blocks = tl.cdiv(h, BLOCK_H)
     token = (tl.program_id(0) // num_blocks).to(tl.int64)
-    head = tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = (tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
     is_head = (head < h)[:, None]
     out_row = out_ptr + token * stride_out_t + head[:, None] * stride_out_h
     result_row = result_ptr + (token * h + head[:, None]) * D
@@ -81,7 +81,7 @@ def _inverse_rope_gate_bwd_kernel(
     D_PLAIN: tl.constexpr = D - D_ROPE
     num_blocks = tl.cdiv(h, BLOCK_H)
     token = (tl.program_id(0) // num_blocks).to(tl.int64)
-    head = tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = (tl.program_id(0) % num_blocks * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
     is_head = (head < h)[:, None]
     out_row = out_ptr + token * stride_out_t + head[:, None] * stride_out_h
     grad_row = (token * h + head[:, None]) * D

@@ -147,8 +147,9 @@ def _sparse_attn_bwd_kernel(
         dq = add_products(dq, ds, k)
         w = _stack(ds, p.to(x[0].dtype)).T
         if DETERMINISTIC:
-            # fits 32 bits: `rows_per_buffer` keeps the buffer small
-            rows = dkv_ptr + (tl.program_id(0) * topk + start + offs_n)[:, None] * D
+            # in 64 bits: one query may have more pairs than the buffer is meant to hold
+            first_pair = tl.program_id(0).to(tl.int64) * topk + start
+            rows = dkv_ptr + first_pair * D + offs_n[:, None] * D
         else:
             rows = dkv_ptr + key * D
         for c in tl.static_range(num_pieces(D, PIECE)):
