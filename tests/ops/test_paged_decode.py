@@ -191,7 +191,11 @@ def _good() -> dict[str, Any]:
     }  # fmt: skip
 
 
-RAGGED = {"q": torch.zeros(2, 4, 8), "cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32)}
+def _sums(*ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+RAGGED = {"q": torch.zeros(2, 4, 8), "cu_seqlens_q": _sums(0, 1, 2)}
 PACKED = {"kv_cache": allocate_kv_cache(3, 4, MODEL1, "cpu"), "layout": MODEL1}
 
 
@@ -217,6 +221,10 @@ PACKED = {"kv_cache": allocate_kv_cache(3, 4, MODEL1, "cpu"), "layout": MODEL1}
         ({**RAGGED, "max_seqlen_q": 0}, "max_seqlen_q of at least 1, got 0"),
         ({**RAGGED, "max_seqlen_q": 1, "q": torch.zeros(2, 1, 4, 8)}, r"q must be \[t, h, d\]"),
         ({**RAGGED, "max_seqlen_q": 1, "cu_seqlens_q": RAGGED["cu_seqlens_q"][1:]}, r"\[3\] int32"),
+        ({**RAGGED, "max_seqlen_q": 1, "cu_seqlens_q": _sums(0, 2, 5)}, "from 0 to at most 2, got"),
+        ({**RAGGED, "max_seqlen_q": 2, "cu_seqlens_q": _sums(0, 2, 1)}, r"not fall .*\[0, 2, 1\]"),
+        ({**RAGGED, "max_seqlen_q": 2, "cu_seqlens_q": _sums(1, 1, 2)}, "must not fall and go"),
+        ({**RAGGED, "max_seqlen_q": 1, "cu_seqlens_q": _sums(0, 2, 2)}, "1, but a request has 2"),
         ({"layout": MODEL1}, "layout needs block_size"),
         ({**PACKED, "block_size": 4}, "q must have the 80 channels of the cache, got 8"),
         ({**PACKED, "block_size": 5}, "kv_cache must be .* blocks of 5 tokens"),
@@ -228,10 +236,20 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
         paged_decode(**{**_good(), **change})
 
 
-def test_a_block_outside_the_cache_is_an_error_on_a_cpu() -> None:
-    table = torch.full((2, 3), GARBAGE_BLOCK, dtype=torch.int32)
-    with pytest.raises(IndexError):
-        paged_decode(**{**_good(), "block_table": table})
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wrong", [GARBAGE_BLOCK, 3, -1, -7])
+def test_a_block_that_counts_and_lies_outside_the_cache_is_an_error(
+    wrong: int, packed: bool
+) -> None:
+    table = torch.tensor([[0, wrong, 1], [1, 2, 0]], dtype=torch.int32)
+    options = {**PACKED, "block_size": 4, "q": torch.zeros(2, 1, 4, 80)} if packed else {}
+    arguments = {**_good(), **options, "block_table": table}
+    arguments["cache_seqlens"] = torch.tensor([4, 9], dtype=torch.int32)
+    paged_decode(**arguments)  # past the end of the first request
+    arguments["cache_seqlens"] = torch.tensor([5, 9], dtype=torch.int32)
+    message = rf"block_table must hold ids in 0\.\.2 where a request has tokens, got {wrong}$"
+    with pytest.raises(ValueError, match=message):
+        paged_decode(**arguments)
 
 
 def test_an_unknown_backend_is_refused() -> None:

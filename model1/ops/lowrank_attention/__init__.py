@@ -67,8 +67,7 @@ def lowrank_attention(
     anything, NaN included; a NaN before may reach all rows of its request. The result is that of
     dense attention where the core holds all visible tokens and, but for roundings of z, with an
     orthonormal basis of rank d_nope. deterministic: a row's bits do not depend on its batch mates.
-    Not differentiable. Raises ValueError for shapes, dtypes, devices and strides,
-    BackendUnavailable for a backend that cannot run here.
+    Not differentiable. Raises ValueError and BackendUnavailable as `lowrank_topk` does.
     The formula is ours, see docs/architecture.md; DeepSeek-V3.2 has the core alone.
     """
     check_arguments(

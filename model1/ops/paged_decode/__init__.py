@@ -52,18 +52,19 @@ def paged_decode(
     the request's last tokens: query j of s_q sees s < cache_seqlens[i] - (s_q - 1 - j).
 
     q: [b, s_q, h, d] bf16, fp16 or fp32; or ragged, [t, h, d] with cu_seqlens_q [b + 1] int32 and
-    its longest request max_seqlen_q (tokens that no request owns get undefined results). kv_cache,
-    layout None: [num_blocks, block_size, hkv, d] of q's dtype, head j of q reads head
-    j // (h / hkv); any strides but for a contiguous last axis. kv_cache with a layout: uint8
-    [num_blocks, block bytes] as `allocate_kv_cache` makes it, blocks of `block_size` tokens,
+    its longest request max_seqlen_q, checked on the CPU (tokens that no request owns get undefined
+    results). kv_cache, layout None: [num_blocks, block_size, hkv, d] of q's dtype, head j of q
+    reads head j // (h / hkv); any strides but for a contiguous last axis. kv_cache with a layout:
+    uint8 [num_blocks, block bytes] as `allocate_kv_cache` makes it, blocks of `block_size` tokens,
     hkv = 1; keys are dequantised and rounded to q's dtype. block_table: [b, max_blocks] int32;
-    entries past a request's last block are not looked at. cache_seqlens: [b] int32; keys past the
+    entries past a request's last block may hold anything. cache_seqlens: [b] int32; keys past the
     table do not exist. attn_sink: [h] fp32 natural-log logit, +-inf allowed, part of no lse.
 
     Returns out like q with `value_dim` channels and lse, one axis less, fp32. A row without keys
     gives out = 0, lse = empty_lse. Tokens past cache_seqlens may hold anything, NaN included. A NaN
-    before it reaches the queries that see it, and may reach others of its request. A block id that
-    counts and lies outside the cache is undefined on a GPU and an error on the CPU.
+    before it reaches the queries that see it, and may reach others of its request. A block id,
+    -1 included, that stands for tokens and is outside the cache is undefined on a GPU and a
+    ValueError on the CPU.
     deterministic: a row's bits do not depend on its batch mates or on the table's width. Not
     differentiable. Raises ValueError for shapes, dtypes, devices and strides, BackendUnavailable
     for a backend that cannot run here.

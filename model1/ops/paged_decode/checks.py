@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, bfloat16, float16, float32, int32
 
 from model1.ops.kv_cache import KVLayout, check_cache
+from model1.ops.ragged import check_prefix_sums
 
 _Q_DTYPES = (bfloat16, float16, float32)
 
@@ -32,6 +33,7 @@ def check_query(
             raise ValueError(f"q must be [t, h, d] with cu_seqlens_q, got {list(q.shape)}")
         _check_int32("cache_seqlens", cache_seqlens, (cache_seqlens.numel(),), q)
         _check_int32("cu_seqlens_q", cu_seqlens_q, (cache_seqlens.numel() + 1,), q)
+        check_prefix_sums("q", cu_seqlens_q, max_seqlen_q, len(q), owns_all=False)
     if q.stride(-1) != 1:
         raise ValueError(f"q must be contiguous along its last axis, got strides {q.stride()}")
     if attn_sink is None:

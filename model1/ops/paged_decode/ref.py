@@ -114,12 +114,16 @@ def _keys(
     slots = table[..., None] * block_size + np.arange(block_size)
     slots = slots.reshape(len(lengths), -1)[:, :longest]
     is_past = np.arange(longest) >= np.array(lengths)[:, None]
+    is_wrong = ~is_past & ((slots < 0) | (slots >= len(kv_cache) * block_size))
+    if is_wrong.any():
+        rule = f"block_table must hold ids in 0..{len(kv_cache) - 1} where a request has tokens"
+        raise ValueError(f"{rule}, got {slots[is_wrong][0] // block_size}")
     slots = torch.from_numpy(np.where(is_past, -1, slots)).to(kv_cache.device)
     if layout is not None:
         return gather_and_dequantize_ref(
             kv_cache, slots, layout=layout, block_size=block_size, dtype=dtype
         )[:, :, None]
-    found = slots.clamp_min(0)
+    found = slots.clamp_min(0)  # zeros replace what is read past a request's end
     keys = kv_cache[found // block_size, found % block_size]
     return keys.masked_fill_((slots < 0)[..., None, None], 0.0)
 

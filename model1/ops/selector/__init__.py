@@ -71,8 +71,10 @@ def lowrank_topk(
     anything, NaN included. Backends may differ where votes are equal but for rounding.
     deterministic: a row's results do not depend on its batch mates. Scratch memory: 4 bytes per row
     and position and per row, head and split, 33 KiB per row, and for few heads 2 (fp32: 4) bytes
-    per row, position and head; in chunks of rows under 256 MiB (or one row). Not differentiable. Raises ValueError for shapes, dtypes, devices and strides,
-    BackendUnavailable for a backend that cannot run here.
+    per row, position and head; in chunks of rows under 256 MiB (or one row). Not differentiable.
+    Raises ValueError for shapes, dtypes, devices, strides and, on the CPU, for numbers in
+    cu_seqlens_q and key_end that break these rules; BackendUnavailable for a backend that cannot
+    run here.
     The scan is ours, see docs/architecture.md.
     """
     check_index_cache(index_cache, kv_cache, layout, block_size, scan_q)

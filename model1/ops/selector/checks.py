@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, bfloat16, float16, float32, int32
 
 from model1.ops.kv_cache import KVLayout, check_cache
+from model1.ops.ragged import check_prefix_sums, is_readable
 
 _Q_DTYPES = (bfloat16, float16, float32)
 _INDEX_DTYPES = (bfloat16, float32)
@@ -40,6 +41,10 @@ def check_rows(
         raise ValueError(
             f"max_seqlen must be in 0..{capacity}, the tokens of a table's row, got {max_seqlen}"
         )
+    check_prefix_sums("q", cu_seqlens_q, max_seqlen_q, len(q), owns_all=False)
+    if is_readable(key_end) and len(key_end) and int(key_end.max()) > max_seqlen:
+        got = int(key_end.max())
+        raise ValueError(f"key_end must be at most max_seqlen = {max_seqlen}, got {got}")
 
 
 def check_index_cache(

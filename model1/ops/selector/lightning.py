@@ -45,8 +45,8 @@ def lightning_topk(
     Positions that no row of the request sees may hold anything. Products of e4m3 numbers are exact
     and summed in fp32; backends may differ where scores are equal but for rounding. Scratch memory:
     4 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not differentiable.
-    Raises ValueError for shapes, dtypes, devices and strides, BackendUnavailable for a backend that
-    cannot run here. Source: DeepSeek-V3.2, section 2.1.
+    Raises ValueError and BackendUnavailable as `lowrank_topk` does.
+    Source: DeepSeek-V3.2, section 2.1.
     """
     if q.dim() != 3 or 0 in q.shape[1:] or q.dtype != torch.float8_e4m3fn or q.stride(-1) != 1:
         got = f"{list(q.shape)} {q.dtype} with strides {q.stride()}"
