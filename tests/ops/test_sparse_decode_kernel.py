@@ -239,6 +239,20 @@ def test_slots_beyond_two_gibibytes(layout: KVLayout) -> None:
     assert_right(run(arguments), arguments)
 
 
+@pytest.mark.parametrize("prefix", ["", "extra_"])
+def test_slots_outside_their_cache_do_not_count(prefix: str) -> None:
+    # the other cache has more slots, or fewer: each list has its own limit
+    shape = Shape(layout=SMALL, b=2, h=1, topk=20, block_size=4, extra_topk=15)
+    arguments = make_arguments(shape)
+    slots, cache = arguments[f"{prefix}topk_indices"], arguments[f"{prefix}kv_cache"]
+    end = len(cache) * arguments[f"{prefix}block_size"]
+    slots[:, :, 1:5], slots[1] = -1, -1
+    outside = [end, end + 1, end + 40, 2**30, 2**31 - 1, -(2**31), -2]
+    wrong = torch.tensor(outside * 3, dtype=torch.int32, device=DEVICE)[: slots.shape[2]]
+    hostile = torch.where(slots < 0, wrong, slots)
+    assert_right(run(arguments | {f"{prefix}topk_indices": hostile}), arguments)
+
+
 def test_the_largest_legal_slot() -> None:
     # Blocks of the greatest length: the slot's division is the only thing that sees its size.
     layout = KVLayout("bf16", 16, 0)

@@ -53,20 +53,20 @@ def sparse_decode(
     lse[i, h] = ln sum_j e^(p_j)
 
     j runs over the valid entries of both lists; k_j is the dequantised token (rounded to q's dtype
-    as FlashMLA rounds it), v_j its first `value_dim` channels. An entry is valid if it is not -1
-    and its position is below the row's length.
+    as FlashMLA rounds it), v_j its first `value_dim` channels. An entry is valid if it is a slot of
+    its cache and its position is below the row's length; all others, -1 first, are ignored.
 
     q: [b, s_q, h, d] bf16, fp16 or fp32, or [t, h, d], which means b = t, s_q = 1; any strides
     with a contiguous last axis. kv_cache: uint8 [num_blocks, block bytes] of `layout`, as
     `allocate_kv_cache` makes it, any block stride. topk_indices: [b, s_q, topk] (or [t, topk])
-    int32 slots, -1 = unused, in any order. topk_length: [b] int32, entries counted per request;
+    int32 slots, in any order. topk_length: [b] int32, entries counted per request;
     None = all. extra_*: a second cache of the same layout with its own block size, attended in
     the same softmax. attn_sink: [h] fp32 natural-log logit, +-inf allowed, part of no lse.
 
     Returns out like q with `value_dim` channels and lse [b, s_q, h] (or [t, h]) fp32. A row
     without a valid key gives out = 0 and lse = empty_lse. Slots that no valid entry names may
-    hold anything, NaN included, and are not read. Slots outside the cache are undefined on a GPU
-    and a ValueError on the CPU. deterministic: a row's bits do not depend on its batch mates.
+    hold anything, NaN included, and are not read. deterministic: a row's bits do not depend on its
+    batch mates.
     Not differentiable (`sparse_prefill` is). Raises ValueError for shapes, dtypes, devices and
     strides, BackendUnavailable for a backend that cannot run here.
     Source: the public FlashMLA interface; docs/kv_layout.md for the bytes.

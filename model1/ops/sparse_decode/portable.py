@@ -34,6 +34,7 @@ _PROGRAM_COST = 1.0
 _COMBINE_COST = 1.0
 _PARTIALS_PER_TILE = 64  # partial results that all SMs together write and read in a tile's time
 _COMBINE_WARPS = 4
+_INT32_MAX = (1 << 31) - 1  # slots are int32: a cache may have more than they can name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +68,13 @@ class _Scope:
         return (0, 0) if self.slots is None else (self.slots.stride(0), self.slots.stride(1))
 
     @property
-    def addressing(self) -> tuple[int, int, int, int]:
-        """Units from block to block, tokens of a block, and how to divide by them."""
-        units = 0 if self.kv_cache is None else self.kv_cache.stride(0) // UNIT_BYTES
-        return units, self.block_size, *fast_divisor(self.block_size)
+    def addressing(self) -> tuple[int, int, int, int, int]:
+        """Units from block to block, tokens of a block, how to divide by them, the last slot."""
+        units, last_slot = 0, -1
+        if self.kv_cache is not None:
+            units = self.kv_cache.stride(0) // UNIT_BYTES
+            last_slot = min(len(self.kv_cache) * self.block_size - 1, _INT32_MAX)
+        return units, self.block_size, *fast_divisor(self.block_size), last_slot
 
 
 def _ceil_div(x: int, y: int) -> int:

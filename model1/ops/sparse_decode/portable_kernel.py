@@ -83,8 +83,8 @@ def _store_pieces(out_ptr, acc, weight, head, is_head, ROW: tl.constexpr, VALUE_
 _SIZES = [
     "num_rows", "s_q", "h", "topk", "extra_topk", "split_tiles",
     "stride_slots_b", "stride_slots_s", "stride_extra_b", "stride_extra_s",
-    "block_units", "block_size", "divisor", "shift",
-    "extra_units", "extra_size", "extra_divisor", "extra_shift",
+    "block_units", "block_size", "divisor", "shift", "last_slot",
+    "extra_units", "extra_size", "extra_divisor", "extra_shift", "extra_last",
 ]  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     num_rows, s_q, h, topk, extra_topk, split_tiles, scale_log2, empty_lse,
     stride_q_b, stride_q_s, stride_q_h,
     stride_slots_b, stride_slots_s, stride_extra_b, stride_extra_s,
-    block_units, block_size, divisor, shift,
-    extra_units, extra_size, extra_divisor, extra_shift,
+    block_units, block_size, divisor, shift, last_slot,
+    extra_units, extra_size, extra_divisor, extra_shift, extra_last,
     ROW: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_SCORES: tl.constexpr, NATIVE_FP8: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     # nothing is kept in registers from tile to tile that can be computed again
     for tile in tl.range(first_tile, last_tile, disable_licm=SPLIT_SCORES):
         tile_ptr, tile_units, tile_size = kv_ptr, block_units, block_size
-        tile_divisor, tile_shift = divisor, shift
+        tile_divisor, tile_shift, tile_last = divisor, shift, last_slot
         if extra_kv_ptr is not None:
             is_extra = tile >= main_tiles
             tile_ptr = tl.where(is_extra, extra_kv_ptr, kv_ptr)
@@ -153,7 +153,9 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
             tile_size = tl.where(is_extra, extra_size, block_size)
             tile_divisor = tl.where(is_extra, extra_divisor, divisor)
             tile_shift = tl.where(is_extra, extra_shift, shift)
-        is_valid = slot >= 0
+            tile_last = tl.where(is_extra, extra_last, last_slot)
+        # without their sign, negative slots are beyond the last one as well
+        is_valid = slot.to(tl.uint32) <= tile_last.to(tl.uint32)
         address, scale_word = row_addresses(
             slot, tile_units, tile_size, tile_divisor, tile_shift, ROW
         )

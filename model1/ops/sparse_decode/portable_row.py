@@ -86,7 +86,7 @@ def row_addresses(slot, block_units, block_size, divisor, shift, ROW):
     """Where the tokens at `slot` keep their rows, in units, and their scale bytes, in 8-byte words.
 
     slot // block_size is the high half of a product: `divisor` and `shift` as `fast_divisor`
-    returns them. A slot of -1 gives an address that must not be read.
+    returns them. A slot outside the cache gives an address that must not be read.
     """
     product = tl.umulhi(slot.to(tl.uint32) * 2, divisor.to(tl.uint32))
     block = (product >> shift).to(tl.int32)

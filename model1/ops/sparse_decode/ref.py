@@ -13,12 +13,16 @@ from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 _Scope = tuple[Tensor, Tensor, int]
 
 
-def _valid_slots(topk_indices: Tensor, topk_length: Tensor | None) -> Tensor:
+def _valid_slots(
+    topk_indices: Tensor, topk_length: Tensor | None, kv_cache: Tensor, block_size: int
+) -> Tensor:
     """[b, s_q, topk] int32 slots in which every entry that does not count is -1."""
-    if topk_length is None:
-        return topk_indices
-    position = torch.arange(topk_indices.shape[-1], device=topk_indices.device)
-    return topk_indices.masked_fill(position >= topk_length[:, None, None], -1)
+    last_slot = min(len(kv_cache) * block_size - 1, torch.iinfo(topk_indices.dtype).max)
+    is_unused = (topk_indices < 0) | (topk_indices > last_slot)
+    if topk_length is not None:
+        position = torch.arange(topk_indices.shape[-1], device=topk_indices.device)
+        is_unused |= position >= topk_length[:, None, None]
+    return topk_indices.masked_fill(is_unused, -1)
 
 
 def _gather(
@@ -54,9 +58,12 @@ def sparse_decode_ref(
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.sparse_decode.sparse_decode`; one request at a time, sums in fp32."""
     b, s_q, h, _ = q.shape
-    scopes = [(kv_cache, _valid_slots(topk_indices, topk_length), block_size)]
+    slots = _valid_slots(topk_indices, topk_length, kv_cache, block_size)
+    scopes = [(kv_cache, slots, block_size)]
     if extra_kv_cache is not None and extra_topk_indices is not None:
-        slots = _valid_slots(extra_topk_indices, extra_topk_length)
+        slots = _valid_slots(
+            extra_topk_indices, extra_topk_length, extra_kv_cache, extra_block_size
+        )
         scopes.append((extra_kv_cache, slots, extra_block_size))
     out = q.new_empty(b, s_q, h, value_dim)
     lse = q.new_empty(b, s_q, h, dtype=torch.float32)
