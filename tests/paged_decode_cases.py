@@ -17,7 +17,6 @@ from torch import Tensor
 
 from model1.ops.kv_cache import (
     KVLayout,
-    allocate_kv_cache,
     gather_and_dequantize,
     quantize_and_store,
 )
@@ -125,7 +124,8 @@ def _filled_cache(
         for slot in slots:
             rows[slot] = torch.randn(len(slot), shape.hkv, shape.d).to(shape.dtype)
         return cache, [rows[slot] for slot in slots]
-    cache = allocate_kv_cache(num_blocks, size, layout, "cpu").fill_(0xFF)
+    step, used = layout.block_step_bytes, layout.block_bytes(size)  # apart by no whole rows
+    cache = torch.full((num_blocks, (used // step + 2) * step), 0xFF, dtype=torch.uint8)[:, :used]
     options = {"layout": layout, "block_size": size, "backend": "ref"}
     for slot in slots:
         quantize_and_store(torch.randn(len(slot), layout.d), cache, slot, **options)

@@ -81,8 +81,9 @@ def _scope(shape: Shape, topk: int, block_size: int) -> tuple[Tensor, Tensor, Te
 
 
 def nan_cache(num_blocks: int, block_size: int, layout: KVLayout) -> Tensor:
-    """Blocks that are all NaN, further apart than they have to be."""
-    stride = layout.block_stride_bytes(block_size) + 2 * layout.row_bytes
+    """Blocks that are all NaN, further apart than they have to be, by no whole number of rows."""
+    step = layout.block_step_bytes
+    stride = (-(-layout.block_bytes(block_size) // step) + 2) * step
     cache = torch.full((num_blocks, stride), 0xFF, dtype=torch.uint8, device=DEVICE)
     return cache[:, : layout.block_bytes(block_size)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import runpy
@@ -27,7 +28,7 @@ from line_budget import ROOT
 from oracles import naive_attention
 
 import model1.flash_mla as flash_mla
-from model1.ops.kv_cache import KVLayout, allocate_kv_cache
+from model1.ops.kv_cache import KVLayout, allocate_kv_cache, quantize_and_store
 
 SIGNATURES = {
     "flash_mla_with_kvcache": "q, k_cache, block_table, cache_seqlens, head_dim_v, "
@@ -52,6 +53,15 @@ def test_signatures_are_flash_mlas(name: str) -> None:
     found = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters]
     assert ", ".join(found) == SIGNATURES[name]
     assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def test_names_are_where_flash_mla_has_them() -> None:
+    interface = importlib.import_module("model1.flash_mla.flash_mla_interface")
+    assert set(flash_mla.__all__) == {*SIGNATURES, "get_mla_metadata"}
+    assert set(interface.__all__) == {*flash_mla.__all__, "FlashMLASchedMeta"}
+    for name in interface.__all__:
+        assert getattr(interface, name) is getattr(flash_mla, name)
+    assert flash_mla.__version__ == "1.0.0"
 
 
 def test_metadata_takes_anything_and_starts_empty() -> None:
@@ -281,11 +291,32 @@ def test_two_caches_of_different_formats_are_refused(extra_page: int) -> None:
         flash_mla.flash_mla_with_kvcache(**call)
 
 
-def test_block_strides_off_the_row_pitch_are_refused() -> None:
-    cache = torch.zeros(2, 64 * 584 + 16, dtype=torch.uint8)
-    tokens = cache.as_strided((2, 64, 1, 584), (64 * 584 + 16, 584, 584, 1))
-    with pytest.raises(RuntimeError, match="multiple of 576 bytes"):
-        flash_mla.flash_mla_with_kvcache(**packed_call(k_cache=tokens))
+@pytest.mark.parametrize("layout", [MODEL1, V32], ids=["model1", "v32"])
+@pytest.mark.parametrize("gap", [0, 16, 144])
+def test_blocks_may_lie_apart_by_no_whole_number_of_rows(layout: KVLayout, gap: int) -> None:
+    cache = allocate_kv_cache(3, 64, layout, "cpu")
+    kv = torch.randn(192, layout.d)
+    quantize_and_store(kv, cache, torch.arange(192), layout=layout, block_size=64)
+    padded = as_tokens(cache, layout, 64)
+    buffer = torch.full((3, 64 * layout.bytes_per_token + gap), 0xFF, dtype=torch.uint8)
+    near = as_tokens(buffer, layout, 64).copy_(padded)
+    q = torch.randn(2, 2, 3, layout.d).bfloat16()
+    sparse: dict[str, Any] = {"indices": torch.randint(-1, 192, (2, 2, 9), dtype=torch.int32)}
+    table = torch.tensor([[2, 1], [0, 2]], dtype=torch.int32)
+    lengths = torch.tensor([70, 128], dtype=torch.int32)
+    for pages, options in (((None, None), sparse), ((table, lengths), {})):
+        results = []
+        for cache in (padded, near):
+            holder, _ = flash_mla.get_mla_metadata()
+            call = (q, cache, *pages, 512, holder, None, None, False, True)
+            results.append(flash_mla.flash_mla_with_kvcache(*call, **options))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_block_strides_without_alignment_are_refused() -> None:
+    cache = torch.zeros(2, 64 * 584 + 8, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="a multiple of 16 bytes apart"):
+        flash_mla.flash_mla_with_kvcache(**packed_call(k_cache=as_tokens(cache, MODEL1, 64)))
 
 
 def test_sparse_fwd_refuses_with_runtime_errors() -> None:

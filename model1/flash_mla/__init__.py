@@ -7,17 +7,20 @@ the latent, FP8 caches in dense and bf16 caches in sparse decode, any device. No
 ahead of a call, so lengths may change between calls with one holder, also in a CUDA graph.
 """
 
-from model1.flash_mla.decode import flash_mla_with_kvcache
-from model1.flash_mla.metadata import FlashMLASchedMeta, get_mla_metadata
-from model1.flash_mla.prefill import flash_mla_sparse_fwd
-from model1.flash_mla.varlen import (
+from model1.flash_mla.flash_mla_interface import FlashMLASchedMeta as FlashMLASchedMeta
+from model1.flash_mla.flash_mla_interface import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
 )
 
+__version__ = "1.0.0"  # of the FlashMLA whose interface this is
+
+# FlashMLA's own list, which leaves the holder's class out.
 __all__ = [
-    "FlashMLASchedMeta",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",

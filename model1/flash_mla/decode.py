@@ -41,16 +41,16 @@ def flash_mla_with_kvcache(
 
     q: [b, s_q, h_q, d]. k_cache: [num_blocks, page, h_k, d] in q's dtype, or packed tokens,
     [num_blocks, page, 1, bytes] of float8_e4m3fn, int8 or uint8: 656 bytes are V3.2's for d = 576,
-    584 MODEL1's for d = 512; other splits of d follow from the size. Blocks of packed tokens lie
-    a whole number of rows (656 or 576 bytes) apart. is_fp8_kvcache must be True for them.
+    584 MODEL1's for d = 512; other splits of d follow from the size. Blocks of packed tokens are
+    contiguous and a multiple of 16 bytes apart. is_fp8_kvcache must be True for them.
     softmax_scale: None means d ** -0.5.
 
     Dense: block_table [b, max_blocks] and cache_seqlens [b] int32; nothing behind a request's
     length is read. causal: query j sees all keys but the last s_q - 1 - j.
-    Sparse: indices [b, s_q, topk] int32 slots (page number * page + offset), -1 = none;
-    topk_length [b] int32 counts a request's entries; extra_* name a second cache in the same
-    softmax; attn_sink [h_q] fp32. block_table and cache_seqlens are ignored; an unpacked cache
-    is bf16 or fp32.
+    Sparse: indices [b, s_q, topk] int32 slots (page number * page + offset); -1 and whatever else
+    is no slot of the cache counts for nothing (FlashMLA would read there). topk_length [b] int32
+    counts a request's entries; extra_* name a second cache in the same softmax; attn_sink [h_q]
+    fp32. block_table and cache_seqlens are ignored; an unpacked cache is bf16 or fp32.
 
     Returns out [b, s_q, h_q, head_dim_v] and lse [b, h_q, s_q] fp32, natural log, a transposed
     view. A query without keys has out = 0 and lse = +inf. Raises AssertionError for arguments

@@ -55,7 +55,8 @@ def _name(layout: KVLayout) -> str:
 
 def _buffers(layout: KVLayout, num_blocks: int, block_size: int, device: str) -> Tensor:
     """Two caches full of NaN, [2, num_blocks, ...], another layer's block before each of theirs."""
-    stride = layout.block_stride_bytes(block_size) + layout.row_bytes
+    step = layout.block_step_bytes  # blocks of FP8 are no whole number of rows apart
+    stride = (-(-layout.block_bytes(block_size) // step) + 1) * step
     return torch.full((2, num_blocks, 2, stride), 0xFF, dtype=torch.uint8, device=device)
 
 

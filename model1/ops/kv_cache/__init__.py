@@ -57,9 +57,10 @@ def quantize_and_store(
     FP8, per tile of plain channels:
         scale = 2^ceil(log2(max(amax|x| / 448, 1e-4))),  code = e4m3(x / scale)
     kv: [t, d] floating point, any strides. kv_cache: uint8 [num_blocks, >= block bytes]; each
-    block is contiguous, the block stride any multiple of layout.row_bytes. slot_mapping: [t] int64
-    or int32; -1 = do not write, and a slot may occur once. t = 0 does nothing. A tile with NaN or
-    an infinity reads back as NaN throughout. Backends write the same bytes.
+    block is contiguous, the block stride any multiple of layout.block_step_bytes (16 for FP8).
+    slot_mapping: [t] int64 or int32; -1 = do not write, and a slot may occur once. t = 0 does
+    nothing. A tile with NaN or an infinity reads back as NaN throughout. Backends write the same
+    bytes.
     Raises ValueError for a wrong shape, dtype, device or stride and, on the CPU, for a slot
     outside -1 .. num_blocks * block_size - 1 (a GPU would have to stop to look);
     BackendUnavailable for a backend that cannot run here.

@@ -24,9 +24,9 @@ def check_cache(
             f"{name} must be [num_blocks, at least {block_bytes} bytes] for {layout.name} "
             f"blocks of {block_size} tokens, got {list(shape)}"
         )
-    if stride[1] != 1 or stride[0] < block_bytes or stride[0] % layout.row_bytes:
+    if stride[1] != 1 or stride[0] < block_bytes or stride[0] % layout.block_step_bytes:
         raise ValueError(
-            f"{name} blocks must be contiguous and a multiple of {layout.row_bytes} bytes "
+            f"{name} blocks must be contiguous and a multiple of {layout.block_step_bytes} bytes "
             f"apart, at least {block_bytes}, got strides {stride}"
         )
     if torch.compiler.is_compiling():

@@ -122,8 +122,13 @@ class KVLayout:
 
     @property
     def alignment_bytes(self) -> int:
-        """What the cache's start and its block stride must be multiples of."""
+        """What the cache's start must be a multiple of."""
         return _FP8_ALIGN if self.is_fp8 else _ITEM_BYTES[self.name]
+
+    @property
+    def block_step_bytes(self) -> int:
+        """What a block stride must be a multiple of; whole rows where nothing is quantised."""
+        return _FP8_ALIGN if self.is_fp8 else self.row_bytes
 
     def scale_plane_start_bytes(self, block_size: int) -> int:
         """Where a model1_fp8 block of `block_size` tokens keeps its scale plane."""

@@ -6,6 +6,8 @@ Arguments are as checked by the contract in `__init__.py`; nothing is checked ag
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -140,17 +142,23 @@ def _strided_rows(
 ) -> tuple[Tensor, Tensor]:
     """A plane of the cache as one list of rows, from the first block's first to the last one's.
 
-    The block stride is a whole number of rows, so that one pitch serves all blocks. What lies
-    between one block's rows and the next block's is listed too, but no slot points there.
+    A row begins at every common divisor of pitch and block stride, so that one pitch serves all
+    blocks. Rows overlap where blocks are no whole number of rows apart, and what lies between
+    blocks is listed too, but no slot points to either.
     """
-    num_blocks, rows_per_block = kv_cache.shape[0], kv_cache.stride(0) // pitch_bytes
-    num_rows = (num_blocks - 1) * rows_per_block + block_size
+    stride_bytes = kv_cache.stride(0)
+    step_bytes = math.gcd(stride_bytes, pitch_bytes)
+    last_bytes = (kv_cache.shape[0] - 1) * stride_bytes + (block_size - 1) * pitch_bytes
     rows = kv_cache.as_strided(
-        (num_rows, pitch_bytes), (pitch_bytes, 1), kv_cache.storage_offset() + start_bytes
+        (last_bytes // step_bytes + 1, pitch_bytes),
+        (step_bytes, 1),
+        kv_cache.storage_offset() + start_bytes,
     )
-    if rows_per_block == block_size:
+    gap_bytes = stride_bytes - block_size * pitch_bytes
+    if gap_bytes == 0:
         return rows, slots
-    return rows, slots + slots // block_size * (rows_per_block - block_size)
+    index = slots if step_bytes == pitch_bytes else slots * (pitch_bytes // step_bytes)
+    return rows, index + slots // block_size * (gap_bytes // step_bytes)
 
 
 def _write_words(rows: Tensor, index: Tensor, new: Tensor) -> None:
