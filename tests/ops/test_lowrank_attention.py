@@ -28,7 +28,8 @@ from model1.ops.kv_cache import KVLayout, allocate_kv_cache
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.selector import lowrank_topk
-from model1.ops.selector.ref import request_slots
+from model1.ops.selector import ref as selector_ref
+from model1.ops.selector.ref import request_rows, request_slots
 from model1.testing.compare import assert_close_rows
 
 LAYOUTS = [
@@ -105,6 +106,26 @@ def test_a_full_core_and_a_full_rank_are_dense_attention() -> None:
         out, lse = lowrank_attention(**arguments, backend="ref")
         assert_close_rows(out, dense, dense, eps=1e-4)
         assert_close_rows(lse[..., None], dense_lse[..., None], dense_lse[..., None], eps=1e-4)
+
+
+def test_chunks_of_rows_follow_heads_and_keys() -> None:
+    sums = torch.tensor([0, 70, 70, 73, 75], dtype=torch.int32)
+    key_end = torch.cat([torch.arange(-2, 68), torch.tensor([131072, 9, 65536, 0, -1])]).int()
+    few = [(slice(0, 64), 61), (slice(64, 70), 67)]
+    one_each = [(slice(70, 71), 131072), (slice(71, 72), 9), (slice(72, 73), 65536)]
+    got = list(request_rows(sums, key_end, 128))
+    assert got == [(0, 67, few), (2, 131072, one_each)]
+    two = [(slice(70, 72), 131072), (slice(72, 73), 65536)]
+    assert list(request_rows(sums, key_end, 64))[1] == (2, 131072, two)
+
+
+def test_rows_in_smaller_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of(query_lens=(5, 2))
+    want = lowrank_attention(**arguments, backend="ref")
+    monkeypatch.setattr(selector_ref, "SCORES_BYTES", 1)
+    got = lowrank_attention(**arguments, backend="ref")
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_later_tokens_change_no_bit_of_a_row() -> None:

@@ -61,7 +61,7 @@ def lowrank_attention_ref(
     out = q.new_zeros(*q.shape[:2], value_dim)
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
     cache = {"layout": layout, "block_size": block_size, "dtype": q.dtype}
-    for request, total, chunks in request_rows(cu_seqlens_q, key_end):
+    for request, total, chunks in request_rows(cu_seqlens_q, key_end, q.shape[1]):
         slots = request_slots(block_table, request, total, block_size)
         z, rope = scan_keys(slots, index_cache, kv_cache, **cache)
 

@@ -34,7 +34,7 @@ def lowrank_remainder_ref(
     lse = scan_q.new_full(scan_q.shape[:2], float("-inf"), dtype=torch.float32)
     # in the coordinates of z itself
     basis, mean = torch.eye(rank, device=scan_q.device), scan_q.new_zeros(rank)
-    for request, total, chunks in request_rows(cu_seqlens_q, key_end):
+    for request, total, chunks in request_rows(cu_seqlens_q, key_end, scan_q.shape[1]):
         slots = request_slots(block_table, request, total, block_size)
         keys = scan_keys(
             slots, index_cache, kv_cache,

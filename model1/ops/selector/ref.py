@@ -14,8 +14,10 @@ from model1.ops.indexer.ref import scan_weights_ref, select_core_ref
 from model1.ops.kv_cache import KVLayout
 from model1.ops.kv_cache.ref import gather_rope_ref
 
-# Rows of queries handled at once: bounds the matrix of scores to rows * h * s.
-ROW_CHUNK = 64
+# Rows of queries handled at once are as many as keep the matrix of scores, 4 h s bytes a row, this
+# small: up to four of its size are alive together. More rows than the limit are no faster.
+SCORES_BYTES = 1 << 26
+ROW_LIMIT = 64
 
 
 class ScanKeys(NamedTuple):
@@ -26,18 +28,21 @@ class ScanKeys(NamedTuple):
 
 
 def request_rows(
-    cu_seqlens_q: Tensor, key_end: Tensor
+    cu_seqlens_q: Tensor, key_end: Tensor, h: int
 ) -> Iterator[tuple[int, int, list[tuple[slice, int]]]]:
     """Every request that sees a key: its number, its keys, and its rows in chunks with theirs."""
     for request, (first, last) in enumerate(pairwise(cu_seqlens_q.tolist())):
+        total = int(key_end[first:last].max()) if first < last else 0
+        if total <= 0:
+            continue
+        step = min(ROW_LIMIT, max(1, SCORES_BYTES // (4 * h * total)))
         chunks = []
-        for start in range(first, last, ROW_CHUNK):
-            rows = slice(start, min(start + ROW_CHUNK, last))
+        for start in range(first, last, step):
+            rows = slice(start, min(start + step, last))
             num_keys = int(key_end[rows].max())
             if num_keys > 0:
                 chunks.append((rows, num_keys))
-        if chunks:
-            yield request, max(num_keys for _, num_keys in chunks), chunks
+        yield request, total, chunks
 
 
 def request_slots(block_table: Tensor, request: int, num_keys: int, block_size: int) -> Tensor:
@@ -71,7 +76,7 @@ def lowrank_topk_ref(
     t, h, _ = scan_q.shape
     topk_indices = key_end.new_full((t, topk), -1)
     lse = scan_q.new_full((t, h), float("-inf"), dtype=torch.float32)
-    for request, total, chunks in request_rows(cu_seqlens_q, key_end):
+    for request, total, chunks in request_rows(cu_seqlens_q, key_end, h):
         slots = request_slots(block_table, request, total, block_size)
         keys = scan_keys(
             slots, index_cache, kv_cache,
@@ -98,7 +103,7 @@ def lightning_topk_ref(
 ) -> Tensor:  # fmt: skip
     """See `model1.ops.selector.lightning_topk`."""
     topk_indices = key_end.new_full((len(q), topk), -1)
-    for request, total, chunks in request_rows(cu_seqlens_q, key_end):
+    for request, total, chunks in request_rows(cu_seqlens_q, key_end, q.shape[1]):
         slots = request_slots(block_table, request, total, block_size)
         keys = index_cache.index_select(0, slots).view(torch.float8_e4m3fn).float()
         scale = index_scale[slots]
