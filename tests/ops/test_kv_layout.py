@@ -62,6 +62,7 @@ def test_kv_layout_picks_by_kind_and_form() -> None:
         (("fp8", "mla", 64, 64), "form must be 'model1' or 'v32', got 'mla'"),
         (("fp8", "model1", 96, 64), "d_nope must be a multiple of 64 for model1_fp8, got 96"),
         (("fp8", "v32", 64, 64), "d_nope must be a multiple of 128 for v32_fp8, got 64"),
+        (("fp8", "v32", 448, 64), "d_nope must be a multiple of 128 for v32_fp8, got 448"),
         (("fp8", "model1", 1088, 64), "d_nope must be at most 1024 for model1_fp8, got 1088"),
         (("fp8", "v32", 128, 20), "d_rope must be a multiple of 8 for v32_fp8, got 20"),
         (("bf16", "model1", 0, 64), "d_nope must be positive, got 0"),

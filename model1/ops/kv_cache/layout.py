@@ -43,9 +43,11 @@ def _round_up(value: int, step: int) -> int:
 class KVLayout:
     """How one token's `d_nope` plain and `d_rope` rotary channels lie in a block.
 
-    The FP8 layouts quantise the plain channels in tiles (64 wide in model1_fp8, 128 in v32_fp8)
-    and keep the rotary ones in bf16. With 448 + 64 and 512 + 64 channels they are the MODEL1 and
-    V3.2 formats of FlashMLA, byte for byte.
+    The FP8 layouts quantise the plain channels in tiles that share a scale and keep the rotary ones
+    in bf16. With 448 + 64 and 512 + 64 channels they are the MODEL1 and V3.2 formats of FlashMLA,
+    byte for byte. Tiles are whole, so d_nope is a multiple of 64 in model1_fp8, up to 1024, and of
+    128 in v32_fp8, which has no half tiles: other multiples of 64 need model1_fp8. d_rope is a
+    multiple of 8 in both; fp32 and bf16 take any widths.
     Raises ConfigError for an unknown name and for widths that the layout cannot hold.
     """
 
@@ -159,6 +161,7 @@ def kv_layout(
 ) -> KVLayout:
     """The layout for a storage kind and an attention form; only FP8 depends on the form.
 
+    The widths that each takes: see `KVLayout`.
     Raises ConfigError for an unknown kind or form and for widths that the layout cannot hold.
     """
     if kind not in ("fp8", "bf16", "fp32"):
