@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` deselects what is not marked yet
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False")
     no_triton = pytest.mark.skip(reason="needs Triton, which is not installed")
@@ -43,6 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     has_gpu = torch.cuda.is_available()
     has_triton = importlib.util.find_spec("triton") is not None
     for item in items:
+        if "any_device" in item.keywords and has_gpu:
+            item.add_marker("gpu")
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(no_gpu)
         if "triton" in item.keywords and not has_triton:

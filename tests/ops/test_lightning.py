@@ -14,9 +14,10 @@ from model1.errors import BackendUnavailable
 from model1.ops.selector import lightning_topk
 from model1.ops.selector.ref import request_slots
 
-# Triton 3.6's interpreter turns run-time loop bounds into integers this way.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+    pytest.mark.any_device,
+    # Triton 3.6's interpreter turns run-time loop bounds into integers this way.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
 BACKENDS = ["ref", pytest.param("triton", marks=pytest.mark.triton)]
 

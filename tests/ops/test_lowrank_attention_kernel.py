@@ -39,10 +39,11 @@ from model1.ops.selector import portable_sizes
 from model1.ops.selector.portable import lowrank_topk_triton
 from model1.ops.selector.portable_sizes import Config, choose_num_splits
 
-# Triton 3.6's interpreter turns run-time loop bounds into integers this way.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.any_device,
+    # Triton 3.6's interpreter turns run-time loop bounds into integers this way.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
 
 SMALL = KVLayout("model1_fp8", 64, 32)
 BF16, MODEL1 = KVLayout("bf16", 192, 32), KVLayout("model1_fp8", 448, 64)
@@ -251,8 +252,11 @@ def test_a_seen_nan_comes_out_of_the_rows_that_see_it() -> None:
     slots = torch.arange(40, device=DEVICE)
     store(arguments["kv_cache"], slots, SMALL, 4)
     arguments["index_cache"][:40].normal_()
+    # NaN votes come out as the first or as the last, by its sign, which is the processor's choice:
+    # of key 5 neither makes one of the core
+    arguments["core_count"].fill_(3)
     want = lowrank_attention(**arguments, backend="triton")
-    arguments["index_cache"][20 + 2, 5] = math.nan
+    arguments["index_cache"][20 + 5, 5] = math.nan
     got = lowrank_attention(**arguments, backend="triton")
     assert got[0][1, :, :64].isnan().all()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(got, want, strict=True))

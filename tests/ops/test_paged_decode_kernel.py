@@ -218,6 +218,7 @@ def test_the_op_describes_itself_to_pytorch(device: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.any_device
 def test_more_channels_than_fit_are_refused() -> None:
     case = random_case(Shape(h=1, d=600, value_dim=8, block_size=4), [3], [1], 0)
     with pytest.raises(BackendUnavailable, match="takes 576 channels, got 600"):

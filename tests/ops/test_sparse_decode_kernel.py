@@ -36,10 +36,11 @@ from model1.ops.sparse_decode.portable import (
     sparse_decode_triton,
 )
 
-# Triton 3.6's interpreter turns run-time loop bounds into integers this way.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.any_device,
+    # Triton 3.6's interpreter turns run-time loop bounds into integers this way.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
 
 MODEL1 = KVLayout("model1_fp8", 448, 64)
 V32 = KVLayout("v32_fp8", 512, 64)

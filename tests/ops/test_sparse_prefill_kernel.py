@@ -31,6 +31,7 @@ from model1.ops.sparse_prefill import pairs, portable, portable_backward
 from model1.ops.sparse_prefill.config import Config, backward_config, forward_config
 
 pytestmark = [
+    pytest.mark.any_device,
     # Triton 3.6's interpreter turns run-time loop bounds into integers this way.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
     # Infinite sinks, empty lists and NaN keys are cases; NumPy remarks on their arithmetic.
