@@ -171,6 +171,20 @@ def check(case: Case, got: dict[str, Tensor], what: str) -> None:
     assert not got["out"][expected["lse"] == -math.inf].any(), what
 
 
+def drawn_shape(seed: int) -> Shape:
+    """Any heads and widths; each shape is some compilations."""
+    draw = Random(seed)
+    hkv = draw.choice([1, 2, 3, 5])
+    return Shape(
+        h=hkv * draw.choice([1, 2, 3, 7]),
+        hkv=hkv,
+        d=draw.choice([40, 72, 100, 160, 256]),
+        dv=draw.choice([36, 64, 96, 200]),
+        dtype=draw.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+        causal=draw.random() < 0.6,
+    )
+
+
 def drawn_case(shape: Shape, seed: int, *, longest: int, device: str) -> Case:
     """A random ragged batch; a fifth of the requests have no queries or no keys."""
     draw = Random(seed)

@@ -200,6 +200,31 @@ def check(case: Case, got: tuple[Tensor, Tensor], what: str) -> None:
     assert not out[want_lse == case.options["empty_lse"]].any(), what
 
 
+_LAYOUTS = [
+    None, None, KVLayout("model1_fp8", 192, 32), KVLayout("v32_fp8", 256, 64),
+    KVLayout("bf16", 96, 24),
+]  # fmt: skip
+
+
+def drawn_shape(seed: int) -> Shape:
+    """Any heads, widths and block size; each shape is some compilations."""
+    draw = Random(seed)
+    layout = draw.choice(_LAYOUTS)
+    hkv = 1 if layout else draw.choice([1, 2, 3, 8])
+    d = layout.d if layout else draw.choice([40, 72, 100, 192, 320, 576])
+    return Shape(
+        h=hkv * draw.choice([1, 3, 7, 16, 24, 40]),
+        hkv=hkv,
+        d=d,
+        value_dim=draw.randint(d // 2, d),
+        block_size=draw.choice([1, 3, 16, 53, 64, 100, 256]),
+        layout=layout,
+        dtype=draw.choice([torch.bfloat16, torch.bfloat16, torch.float16]),
+        causal=draw.random() < 0.5,
+        has_sink=draw.random() < 0.5,
+    )
+
+
 def drawn_case(shape: Shape, seed: int, *, longest: int) -> tuple[Case, bool]:
     """A random call for a shape, and whether to ask for deterministic bits."""
     draw = Random(seed)

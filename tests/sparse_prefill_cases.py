@@ -176,7 +176,7 @@ def check_random_case(number: int, dims: list[tuple[int, int]], **choices: list[
     try:
         arguments = make_arguments(shape)
         assert_right(sparse_prefill(**arguments, backend="triton"), arguments)
-        if number % 2:
+        if number % 2 or DEVICE == "cuda":  # interpreted, every gradient would take too long
             assert_gradients_right(arguments, deterministic=number % 4 == 3)
     except AssertionError as error:
         raise AssertionError(f"case {number}, {shape}: {error}") from error

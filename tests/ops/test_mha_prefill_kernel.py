@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mha_prefill_cases import NAMES, Case, Shape, check, drawn_case, random_case
+from mha_prefill_cases import (
+    NAMES,
+    Case,
+    Shape,
+    check,
+    drawn_case,
+    drawn_shape,
+    random_case,
+)
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -104,6 +112,15 @@ def test_random_cases_on_a_gpu(number: int) -> None:
         seed = number * CASES_PER_GPU_SHAPE + idx
         case = drawn_case(GPU_SHAPES[number], seed, longest=700, device="cuda")
         check(case, differentiated(case), f"case {seed}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(1000, 1012))
+def test_random_shapes_on_a_gpu(number: int) -> None:
+    shape = drawn_shape(number)
+    for seed in range(10 * number, 10 * number + 10):
+        case = drawn_case(shape, seed, longest=300, device="cuda")
+        check(case, differentiated(case), f"{shape}, case {seed}")
 
 
 def _case(device: str, **options: Any) -> Case:

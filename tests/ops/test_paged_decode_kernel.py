@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paged_decode_cases import Case, Shape, attend, check, drawn_case, like, random_case, without
+from paged_decode_cases import (
+    Case,
+    Shape,
+    attend,
+    check,
+    drawn_case,
+    drawn_shape,
+    like,
+    random_case,
+    without,
+)
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -118,6 +128,16 @@ def test_random_cases_on_a_gpu(number: int) -> None:
         case, deterministic = drawn_case(GPU_SHAPES[number], seed, longest=900)
         got = paged_decode(**case.arguments("cuda"), deterministic=deterministic)
         check(case, got, f"case {seed}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(1000, 1012))
+def test_random_shapes_on_a_gpu(number: int) -> None:
+    shape = drawn_shape(number)
+    for seed in range(10 * number, 10 * number + 10):
+        case, deterministic = drawn_case(shape, seed, longest=900)
+        got = paged_decode(**case.arguments("cuda"), deterministic=deterministic)
+        check(case, got, f"{shape}, case {seed}")
 
 
 DEVICES = [
