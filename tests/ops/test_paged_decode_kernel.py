@@ -120,6 +120,15 @@ def test_interpreted_kernels_compute_the_formula(number: int, name: str) -> None
     check(case, run(case, "cpu", CONFIGS[name]), str(shape))
 
 
+@interpreted
+@pytest.mark.parametrize("config", [WHOLE, BALANCED[0]], ids=["whole", "2 parts"])
+def test_scores_summed_after_the_scaling_are_right(config: Config) -> None:
+    # what Hopper's sizes do with many rows
+    shape = Shape(h=3, d=40, value_dim=24, block_size=16, causal=True, has_sink=True)
+    case = random_case(shape, [37, 0, 1], [2, 2, 2], 0)
+    check(case, run(case, "cpu", replace(config, channels=16, split_scores=True)), "split scores")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("number", range(len(GPU_SHAPES)))
 def test_random_cases_on_a_gpu(number: int) -> None:

@@ -28,9 +28,11 @@ from model1.ops.sparse_decode import sparse_decode
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
+from model1.ops.compile_cases import KernelTarget
 from model1.ops.sparse_decode import portable
 from model1.ops.sparse_decode.portable import (
     Config,
+    choose_config,
     choose_split_tiles,
     fast_divisor,
     sparse_decode_triton,
@@ -223,6 +225,18 @@ def test_cutting_the_work_otherwise_gives_the_same() -> None:
             block_h=block_h, block_n=block_n, num_warps=4, num_stages=1, split_tiles=split_tiles
         )
         got = sparse_decode_triton(**arguments, deterministic=False, config=config)
+        assert_right(got, arguments)
+
+
+def test_scores_summed_after_the_scaling_are_right() -> None:
+    # what Hopper's sizes do with many heads, over rows of two pieces
+    config = choose_config(KernelTarget("cuda", 90), 64, torch.bfloat16, SMALL)
+    assert config.split_scores
+    shape = Shape(layout=SMALL, h=3, topk=100, extra_topk=33, has_length=True, has_sink=True)
+    arguments = make_arguments(shape)
+    for split_tiles in (1, 9):
+        cut = replace(config, split_tiles=split_tiles)
+        got = sparse_decode_triton(**arguments, deterministic=False, config=cut)
         assert_right(got, arguments)
 
 
