@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
 import pytest
 import torch
 from lightning_cases import assert_right, make_call
+from sparse_decode_cases import DEVICE
 
 from model1.errors import BackendUnavailable
 from model1.ops.selector import lightning_topk
@@ -42,6 +44,48 @@ def test_random_calls_of_the_models_widths_are_right(first: int) -> None:
             assert_right(lightning_topk(**call, backend="triton"), call)
         except AssertionError as error:
             raise AssertionError(f"case {number}: {error}") from None
+
+
+def _single_queries() -> dict[str, Any]:
+    """Three requests of one query; of the models' widths on a GPU."""
+    sizes = (64, 128, 5000, 64, 512) if DEVICE == "cuda" else (2, 16, 20, 4, 5)
+    return make_call((1, 1, 1), *sizes)
+
+
+@pytest.mark.triton
+def test_queries_may_be_strided() -> None:
+    call = _single_queries()
+    want = lightning_topk(**call, backend="triton")
+    t, h, d = call["q"].shape
+    wide = torch.full((t, h + 1, d + 16), 0x7F, dtype=torch.uint8, device=DEVICE)
+    wide[:, :h, :d] = call["q"].view(torch.uint8)
+    call["q"] = wide.view(torch.float8_e4m3fn)[:, :h, :d]
+    assert torch.equal(lightning_topk(**call, backend="triton"), want)
+
+
+@pytest.mark.triton
+def test_rows_do_not_know_order_and_number_of_their_mates() -> None:
+    call = _single_queries()
+    want = lightning_topk(**call, backend="triton")
+    for order in ([2, 0, 1], [1]):
+        rows = {name: call[name][order] for name in ("q", "weights", "block_table", "key_end")}
+        rows["cu_seqlens_q"] = call["cu_seqlens_q"][: len(order) + 1]
+        assert torch.equal(lightning_topk(**(call | rows), backend="triton"), want[order])
+
+
+@pytest.mark.gpu
+def test_keys_beyond_two_gibibytes() -> None:
+    near = make_call((1, 3), 64, 128, 300, 64, topk=40)
+    want = lightning_topk(**near, backend="triton")
+    num_blocks, num_near = 2**31 // (64 * 128) + 20, len(near["index_cache"]) // 64
+    far = dict(near)
+    far["index_cache"] = torch.full((64 * num_blocks, 128), 0x7F, dtype=torch.uint8, device="cuda")
+    far["index_scale"] = torch.full((64 * num_blocks,), math.nan, device="cuda")
+    for name in ("index_cache", "index_scale"):
+        far[name][-64 * num_near :] = near[name]
+    table = near["block_table"]
+    far["block_table"] = torch.where(table >= 0, table + (num_blocks - num_near), table)
+    assert torch.equal(lightning_topk(**far, backend="triton"), want)
 
 
 @pytest.mark.triton

@@ -24,7 +24,7 @@ from sparse_decode_cases import DEVICE, store
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
-from model1.ops.kv_cache import KVLayout
+from model1.ops.kv_cache import KVLayout, allocate_kv_cache
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.selector import lowrank_topk
@@ -259,6 +259,37 @@ def test_a_seen_nan_comes_out_of_the_rows_that_see_it() -> None:
     got = lowrank_attention(**arguments, backend="triton")
     assert got[0][1, :, :64].isnan().all()
     assert all(torch.equal(a[0], b[0]) for a, b in zip(got, want, strict=True))
+
+
+def moved_far(arguments: dict[str, Any], num_blocks: int) -> dict[str, Any]:
+    """The same call with its blocks at the end of caches of that many blocks, NaN elsewhere."""
+    layout, size = arguments["layout"], arguments["block_size"]
+    near, index = arguments["kv_cache"], arguments["index_cache"]
+    cache = allocate_kv_cache(num_blocks, size, layout, DEVICE).fill_(0xFF)
+    cache[-len(near) :, : near.shape[1]] = near
+    far_index = index.new_full((num_blocks * size, index.shape[1]), math.nan)
+    far_index[-len(index) :] = index
+    table = arguments["block_table"]
+    is_block = (table >= 0) & (table < len(near))
+    table = torch.where(is_block, table + (num_blocks - len(near)), table)
+    return arguments | {"kv_cache": cache, "index_cache": far_index, "block_table": table}
+
+
+@pytest.mark.gpu
+def test_slots_beyond_two_gibi_elements() -> None:
+    # 2^31 numbers of rank 64, and more of the tokens' rows
+    near = make_arguments(
+        Shape(layout=SMALL, query_lens=(1, 3), max_seqlen=300, h=16, r=64, block_size=64, topk=40)
+    )
+    far = moved_far(near, 2**31 // (64 * 64) + 20)
+    results = []
+    for arguments in (near, far):
+        core, lse = lowrank_topk(**scan_arguments(arguments), backend="triton")
+        rest = lowrank_remainder(**remainder_arguments(arguments, core), backend="triton")
+        whole = lowrank_attention(**arguments, backend="triton")
+        results.append([core, lse, *rest, *whole])
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_more_heads_than_a_program_holds_are_refused() -> None:

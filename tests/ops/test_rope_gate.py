@@ -173,20 +173,27 @@ def test_rows_do_not_depend_on_each_other(backend: str, device: str) -> None:
     assert torch.equal(bad[2:], want[2:])
 
 
-@INTERPRETED
 @pytest.mark.triton
-def test_heads_beyond_two_giga_elements() -> None:
-    from model1.ops.rope_gate import portable
-
-    step = 2**30  # the third head lies 2^31 elements on; untouched pages take no memory
-    pages = torch.frombuffer(mmap.mmap(-1, 2 * (2 * step + 128)), dtype=torch.bfloat16)
-    near_out, near_gate = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3).bfloat16()
-    out, gate = pages.as_strided((2, 3, 8), (8, step, 1)), pages[64:].as_strided((2, 3), (1, step))
+@pytest.mark.parametrize("device", DEVICES)
+def test_heads_beyond_32_bits(device: str) -> None:
+    # head 2 and its gate lie 2^31 numbers behind head 0; nothing else is touched of the memory
+    stride = 2**30 + 8
+    size = 2 * stride + 32
+    if device == "cpu":
+        flat = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=torch.bfloat16)
+    else:
+        flat = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    near = torch.randn(1, 3, 16).to(device, torch.bfloat16)
+    near_gate = torch.randn(1, 3).to(device, torch.bfloat16)
+    far = flat.as_strided(near.shape, (size, stride, 1)).copy_(near)
+    far_gate = flat.as_strided(near_gate.shape, (size, stride), 16).copy_(near_gate)
+    angles, grad = _angles(1, 8, device), torch.randn(1, 3, 16).to(near)
     results = []
-    for x, scale in ((near_out, near_gate), (out.copy_(near_out), gate.copy_(near_gate))):
-        grads = portable.inverse_rope_gate_backward_triton(near_out, x, None, scale)
-        results.append((portable.inverse_rope_gate_triton(x, None, scale), *grads))
-    for got, want in zip(*results, strict=True):
+    for out, gate in ((near, near_gate), (far, far_gate)):
+        result = inverse_rope_gate(out, angles, gate, d_rope=8, backend="triton")
+        backward = torch.ops.model1.inverse_rope_gate_backward
+        results.append([result, *backward(grad, out, *angles, gate, "triton")])
+    for want, got in zip(*results, strict=True):
         assert torch.equal(got, want)
 
 
