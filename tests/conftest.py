@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from backend_option import use_backend
 
 # Filled with NaN (or the largest integer) when code under this prefix asks for unset memory.
 POISONED = "model1.ops"
+BACKEND_LINE = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--backend", help="test this backend plug-in: see docs/backends.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton reads this where a kernel is defined: without a GPU its kernels run interpreted.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    if name := config.getoption("--backend"):
+        config.stash[BACKEND_LINE] = use_backend(name)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return config.stash.get(BACKEND_LINE, None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` deselects what is not marked yet
@@ -41,6 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False")
     no_triton = pytest.mark.skip(reason="needs Triton, which is not installed")
     not_slow = pytest.mark.skip(reason="slow: run with --slow, as `make test` does")
+    other = pytest.mark.skip(reason="of a built-in backend, --backend names another one")
     has_gpu = torch.cuda.is_available()
     has_triton = importlib.util.find_spec("triton") is not None
     for item in items:
@@ -52,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_triton)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(not_slow)
+        if config.getoption("--backend") and {"triton", "built_in"} & set(item.keywords):
+            item.add_marker(other)
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backend_option import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops.kv_cache import KVLayout, allocate_kv_cache, gather_and_dequantize
-from model1.ops.kv_write import norm_rope_store
+from model1.ops.kv_write import NORM_ROPE_STORE, norm_rope_store
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 
 # Without a GPU the kernels run in Triton's interpreter, which a GPU build does not offer.
@@ -25,7 +26,6 @@ DEVICES = [
     pytest.param("cpu", marks=INTERPRETED, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-BACKENDS = ["ref", pytest.param("triton", marks=pytest.mark.triton)]
 LAYOUTS = [
     KVLayout("model1_fp8", 448, 64),
     KVLayout("model1_fp8", 64, 64),
@@ -306,11 +306,12 @@ def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
     arguments = _small(device)
     cos, sin = arguments["rotation"]
     inputs = (arguments["kv"], arguments["norm_weight"], cos, sin)
+    name = NORM_ROPE_STORE.resolve(backend, arguments["kv"].device)
     for return_latent in (True, False):
         torch.library.opcheck(
             torch.ops.model1.norm_rope_store.default,
             (*inputs, arguments["kv_cache"], arguments["slot_mapping"],
-             "model1_fp8", 64, 32, 4, 1e-6, 96, return_latent, backend),
+             "model1_fp8", 64, 32, 4, 1e-6, 96, return_latent, name),
         )  # fmt: skip
 
 

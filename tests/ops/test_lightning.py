@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from backend_option import BACKENDS, TESTED
 from lightning_cases import assert_right, make_call
 from sparse_decode_cases import DEVICE
 
 from model1.errors import BackendUnavailable
 from model1.ops.selector import lightning_topk
+from model1.ops.selector.lightning import LIGHTNING_TOPK
 
 pytestmark = [
     pytest.mark.any_device,
     # Triton 3.6's interpreter turns run-time loop bounds into integers this way.
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
-BACKENDS = ["ref", pytest.param("triton", marks=pytest.mark.triton)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,7 +113,7 @@ def test_equal_scores_go_to_the_lower_positions() -> None:
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lightning_topk(**(make_call((1,), 2, 16, 30, 4, 8) | change), backend="ref")
+        lightning_topk(**(make_call((1,), 2, 16, 30, 4, 8) | change), backend=TESTED)
 
 
 @pytest.mark.triton
@@ -132,6 +133,6 @@ def test_opcheck(backend: str) -> None:
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.model1.lightning_topk,
-        (*(call[name] for name in names), backend),
+        (*(call[name] for name in names), LIGHTNING_TOPK.resolve(backend, call["q"].device)),
         test_utils=("test_faketensor",),  # the others compute with float8 tensors
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_option import TESTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank_cases import (
@@ -83,13 +84,13 @@ def test_equals_a_float64_loop(
         has_sink=flags[1],
     )  # fmt: skip
     scan = scan_of(arguments)
-    chosen, lse = lowrank_topk(**scan, backend="ref")
+    chosen, lse = lowrank_topk(**scan, backend=TESTED)
     assert_good_choice(chosen, lse, scan)
-    out, lse = lowrank_remainder(**rest_of(scan, chosen, flags[0]), backend="ref")
+    out, lse = lowrank_remainder(**rest_of(scan, chosen, flags[0]), backend=TESTED)
     want, _, want_lse, _ = rest_expected(scan, chosen, flags[0])
     assert_close_rows(out, want, want)
     assert_close_rows(lse[..., None], want_lse[..., None], want_lse[..., None])
-    out, lse = lowrank_attention(**arguments, backend="ref")
+    out, lse = lowrank_attention(**arguments, backend=TESTED)
     want, want_lse, _ = attention_expected(arguments, chosen, is_baseline=False)
     assert_close_rows(out, want, want)
     assert_close_rows(lse[..., None], want_lse[..., None], want_lse[..., None])
@@ -103,7 +104,7 @@ def test_a_full_core_and_a_full_rank_are_dense_attention() -> None:
     dense, dense_lse, _ = attention_expected(arguments, every_key(arguments), is_baseline=False)
     for count in (40, 2):
         arguments["core_count"].fill_(count)
-        out, lse = lowrank_attention(**arguments, backend="ref")
+        out, lse = lowrank_attention(**arguments, backend=TESTED)
         assert_close_rows(out, dense, dense, eps=1e-4)
         assert_close_rows(lse[..., None], dense_lse[..., None], dense_lse[..., None], eps=1e-4)
 
@@ -134,10 +135,10 @@ def test_later_tokens_change_no_bit_of_a_row() -> None:
     arguments["block_table"].copy_(torch.randperm(10)[None])
     store(arguments["kv_cache"], torch.arange(40), LAYOUTS[0], 4)
     arguments["index_cache"].normal_()
-    want = lowrank_attention(**arguments, backend="ref")
+    want = lowrank_attention(**arguments, backend=TESTED)
     late = request_slots(arguments["block_table"], 0, 40, 4)[20:]
     arguments["index_cache"][late] = math.nan
-    got = lowrank_attention(**arguments, backend="ref")
+    got = lowrank_attention(**arguments, backend=TESTED)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -145,12 +146,12 @@ def test_the_sink_takes_weight_and_stays_out_of_lse() -> None:
     arguments = arguments_of(query_lens=(2,))
     arguments["key_end"].fill_(0)  # nothing else to see
     sink = torch.tensor([math.inf, -math.inf, 0.0])
-    out, lse = lowrank_attention(**(arguments | {"attn_sink": sink}), backend="ref")
+    out, lse = lowrank_attention(**(arguments | {"attn_sink": sink}), backend=TESTED)
     assert not out.any()
     assert lse.isneginf().all()
     arguments = arguments_of(query_lens=(2,))
-    plain, plain_lse = lowrank_attention(**arguments, backend="ref")
-    out, lse = lowrank_attention(**(arguments | {"attn_sink": sink}), backend="ref")
+    plain, plain_lse = lowrank_attention(**arguments, backend=TESTED)
+    out, lse = lowrank_attention(**(arguments | {"attn_sink": sink}), backend=TESTED)
     assert torch.equal(lse, plain_lse)
     factor = torch.sigmoid(lse - sink).nan_to_num(0.0)[..., None]  # rows without keys
     assert torch.allclose(out, plain * factor, atol=1e-6)
@@ -174,9 +175,9 @@ def test_opcheck_and_compile() -> None:
         torch.ops.model1.lowrank_remainder, (*tensors, core, 9, True, *sizes, True, "ref")
     )
     compiled = torch.compile(
-        lambda: lowrank_attention(**arguments, backend="ref"), fullgraph=True, backend="aot_eager"
+        lambda: lowrank_attention(**arguments, backend=TESTED), fullgraph=True, backend="aot_eager"
     )
-    want = lowrank_attention(**arguments, backend="ref")
+    want = lowrank_attention(**arguments, backend=TESTED)
     assert all(torch.equal(a, b) for a, b in zip(compiled(), want, strict=True))
 
 
@@ -207,15 +208,15 @@ def test_opcheck_and_compile() -> None:
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lowrank_attention(**(arguments_of() | change), backend="ref")
+        lowrank_attention(**(arguments_of() | change), backend=TESTED)
 
 
 def test_wrong_cores_are_named() -> None:
     scan = scan_of(arguments_of())
     with pytest.raises(ValueError, match=r"core_indices must be \[3, k\], got \[2, 4\]"):
-        lowrank_remainder(**rest_of(scan, torch.zeros(2, 4).int(), True), backend="ref")
+        lowrank_remainder(**rest_of(scan, torch.zeros(2, 4).int(), True), backend=TESTED)
     with pytest.raises(ValueError, match="core_indices must be int32"):
-        lowrank_remainder(**rest_of(scan, torch.zeros(3, 4), True), backend="ref")
+        lowrank_remainder(**rest_of(scan, torch.zeros(3, 4), True), backend=TESTED)
 
 
 def test_an_unknown_backend_is_refused() -> None:

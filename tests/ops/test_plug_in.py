@@ -1,25 +1,27 @@
-"""Every installed backend plug-in against the references, and always the one of examples/.
+"""Backend plug-ins: the operators' own tests on the example, and calls for every installed one.
 
-Install a plug-in and run this file: its operators get the inputs below, on a device of the type
-that it claims, else on the CPU, with NaN in the memory that they may not use.
+Install a plug-in and run this file: the operators of CASES get the inputs below, on a device of the
+type that the plug-in claims, else on the CPU, with NaN in the memory that they may not use.
+docs/backends.md says how to run the operators' own tests on it.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
-from line_budget import ROOT, is_triton_file, python_files
+from backend_option import moving, operator_names, use_backend
+from example_site import EXAMPLE, installed_example
+from line_budget import ROOT
 from lowrank_cases import CHOICE, SCAN, Shape, make_arguments
 from torch import Tensor
 
@@ -29,60 +31,44 @@ from model1.ops.kv_cache import (
     KVLayout,
     allocate_kv_cache,
     gather_and_dequantize,
-    gather_rope,
     quantize_and_store,
 )
 from model1.ops.kv_write import norm_rope_store
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
-from model1.ops.paged_decode import paged_decode
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
-from model1.ops.selector import lightning_topk, lowrank_topk
+from model1.ops.selector import lowrank_topk
 from model1.ops.sparse_decode import sparse_decode
 from model1.ops.sparse_prefill import sparse_prefill
 from model1.testing.compare import assert_close_rows
 
-EXAMPLE = ROOT / "examples" / "example_backend"
 MANUAL = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
 PLUG_INS = {point.name for point in entry_points(group=dispatch.ENTRY_POINT_GROUP)} | {"example"}
 LAYOUTS = [KVLayout("model1_fp8", 64, 32), KVLayout("v32_fp8", 128, 32), KVLayout("bf16", 40, 8)]
 BLOCK_SIZE, NUM_BLOCKS = 4, 6
+# The operators' own tests; what follows says nothing of a backend: errors, PyTorch's view of the
+# operators and the gradients of references in fp64.
+SUITE = [
+    f"tests/ops/test_{name}.py"
+    for name in (
+        "kv_cache", "kv_write", "lightning", "lowrank_attention", "mha_prefill", "paged_decode",
+        "rope_gate", "sparse_decode", "sparse_prefill",
+    )
+]  # fmt: skip
+NOT_OF_A_BACKEND = (
+    "not wrong and not refused and not opcheck and not describe and not graph"
+    " and not finite_differences"
+)
 Case = Callable[[str, str], list[Tensor]]  # of a backend and a device
 
 
 @pytest.fixture(scope="module", autouse=True)
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The example's wheel, unpacked in a folder where Python looks: what an installer does."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=EXAMPLE, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    sys.path.insert(0, str(folder))
-    forget_plug_ins()
-    yield folder
-    sys.path.remove(str(folder))
-    forget_plug_ins()
-
-
-def forget_plug_ins() -> None:
-    importlib.invalidate_caches()
-    dispatch.plug_ins.cache_clear()
-    dispatch._resolve.cache_clear()
-
-
-def operator_names() -> set[str]:
-    """Every operator of the library."""
-    names = set()
-    for path in python_files("model1/ops"):
-        if not is_triton_file(path):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
-            names |= {x.name for x in vars(module).values() if isinstance(x, dispatch.Operator)}
-    return names
+    with installed_example(folder):
+        yield folder
 
 
 def random(*shape: int, device: str) -> Tensor:
@@ -102,40 +88,6 @@ def filled_cache(layout: KVLayout, device: str) -> tuple[Tensor, Tensor]:
 def angles(t: int, d_rope: int, device: str) -> Rotation:
     positions = torch.randint(0, 1000, (t,), device=device)
     return rotation(positions, rope_frequencies(d_rope, 10000.0).to(device))
-
-
-def gathered(backend: str, device: str) -> list[Tensor]:
-    results = []
-    for layout in LAYOUTS:
-        cache, slots = filled_cache(layout, device)
-        slots[3:5] = -1
-        options = {"layout": layout, "block_size": BLOCK_SIZE, "backend": backend}
-        results.append(gather_and_dequantize(cache, slots.view(3, 6), **options))
-    return results
-
-
-def gathered_rope(backend: str, device: str) -> list[Tensor]:
-    results = []
-    for layout in LAYOUTS:
-        cache, slots = filled_cache(layout, device)
-        slots[3:5] = -1
-        options = {"layout": layout, "block_size": BLOCK_SIZE, "backend": backend}
-        results.append(gather_rope(cache, slots, dtype=torch.bfloat16, **options))
-    return results
-
-
-def stored(backend: str, device: str) -> list[Tensor]:
-    caches = []
-    for layout in LAYOUTS:
-        cache, slots = filled_cache(layout, device)
-        slots[3:5] = -1
-        kv = random(18, layout.d, device=device)
-        if layout.is_fp8:  # the bits of a NaN are fixed there alone
-            kv[5, 3], kv[6, 3] = math.nan, math.inf
-        options = {"layout": layout, "block_size": BLOCK_SIZE, "backend": backend}
-        quantize_and_store(kv, cache, slots, **options)
-        caches.append(cache)
-    return caches
 
 
 def normalised_and_stored(backend: str, device: str) -> list[Tensor]:
@@ -190,30 +142,6 @@ def decoded_sparsely(backend: str, device: str) -> list[Tensor]:
     return results
 
 
-def decoded_densely(backend: str, device: str) -> list[Tensor]:
-    table = torch.tensor([[0, 3, 99], [5, 99, 99]], dtype=torch.int32, device=device)
-    lengths = torch.tensor([7, 0], dtype=torch.int32, device=device)
-    plain = random(NUM_BLOCKS, BLOCK_SIZE, 2, 24, device=device)
-    plain[3, 3] = plain[5] = math.nan
-    results = list(
-        paged_decode(
-            random(2, 3, 4, 24, device=device), plain, table, lengths,
-            value_dim=16, softmax_scale=0.2, causal=True, backend=backend,
-        )
-    )  # fmt: skip
-    for layout in LAYOUTS:
-        cache = allocate_kv_cache(NUM_BLOCKS, BLOCK_SIZE, layout, "cpu").fill_(0xFF)
-        options = {"layout": layout, "block_size": BLOCK_SIZE}
-        slots = torch.tensor([0, 1, 2, 3, 12, 13, 14])
-        quantize_and_store(torch.randn(7, layout.d), cache, slots, **options, backend="ref")
-        q = random(2, 1, 3, layout.d, device=device)
-        sizes = {"value_dim": layout.d_nope, "softmax_scale": 0.2}
-        results += paged_decode(
-            q, cache.to(device), table, lengths, **sizes, **options, backend=backend
-        )
-    return results
-
-
 def attended(backend: str, device: str) -> list[Tensor]:
     """Ragged prefill with grouped heads and an empty request, forward and backward."""
     shapes = ((9, 4, 24), (11, 2, 24), (11, 2, 16))
@@ -262,50 +190,30 @@ def attended_in_part(backend: str, device: str) -> list[Tensor]:
     return results
 
 
-def chosen_by_lightning(backend: str, device: str) -> list[Tensor]:
-    shape = Shape(layout=LAYOUTS[2])
-    arguments = make_arguments(shape)
-    rows = ("block_table", "cu_seqlens_q", "max_seqlen_q", "key_end", "max_seqlen", "block_size")
-    call = {name: arguments[name] for name in rows}
-    call = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in call.items()}
-    num_slots = len(arguments["index_cache"])
-    keys, q = random(num_slots, 24, device=device), random(3, 2, 24, device=device)
-    chosen = lightning_topk(
-        q.to(torch.float8_e4m3fn), random(3, 2, device=device),
-        keys.to(torch.float8_e4m3fn).view(torch.uint8), random(num_slots, device=device).abs(),
-        **call, topk=7, backend=backend,
-    )  # fmt: skip
-    return [chosen]
-
-
+# What the operators' own tests check only of kernels: gradients, quantised stores, long calls. The
+# other operators are tested by those alone.
 CASES: dict[str, Case] = {
-    "gather_and_dequantize": gathered,
-    "gather_rope": gathered_rope,
     "inverse_rope_gate": gated,
     "inverse_rope_gate_backward": gated,
-    "lightning_topk": chosen_by_lightning,
     "lowrank_attention": attended_in_part,
     "lowrank_remainder": attended_in_part,
     "lowrank_topk": attended_in_part,
     "mha_prefill": attended,
     "mha_prefill_backward": attended,
     "norm_rope_store": normalised_and_stored,
-    "paged_decode": decoded_densely,
-    "quantize_and_store": stored,
     "sparse_decode": decoded_sparsely,
     "sparse_prefill": attended_sparsely,
     "sparse_prefill_backward": attended_sparsely,
 }
 
 
-def test_every_operator_has_a_case_and_the_example_provides_it() -> None:
-    assert operator_names() == set(CASES)
-    assert set(dispatch.plug_ins()["example"].operators) == set(CASES)
+def test_the_example_provides_every_operator() -> None:
+    assert set(dispatch.plug_ins()["example"].operators) == operator_names()
 
 
 def test_the_manual_lists_every_operator_and_its_contract() -> None:
     rows = re.findall(r"^\| (.*?) \| `(model1/ops/\w+)` \|$", MANUAL, re.MULTILINE)
-    assert {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)} == set(CASES)
+    assert {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)} == operator_names()
     assert all((ROOT / folder / "__init__.py").is_file() for _, folder in rows)
 
 
@@ -343,6 +251,71 @@ def test_plug_in_agrees_with_the_reference(name: str, operator: str) -> None:
             assert_close_rows(x, y, y)
         else:
             assert torch.equal(x, y)
+
+
+def run_suite(site: Path, *files: str) -> subprocess.CompletedProcess[str]:
+    """The operators' own tests on the example that lies in `site`."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--backend=example"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
+    return subprocess.run(
+        [*command, "-k", NOT_OF_A_BACKEND, *files],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_operators_own_tests_pass_on_the_example(site: Path) -> None:
+    result = run_suite(site, *SUITE)
+    assert result.returncode == 0, result.stdout
+    assert "operators that it lacks, on auto: none" in result.stdout
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed, result.stdout
+    assert int(passed[1]) > 150
+
+
+@pytest.mark.slow
+def test_the_operators_own_tests_find_a_broken_plug_in(site: Path, tmp_path: Path) -> None:
+    """Its functions are what those tests call, and an operator that it lacks is named."""
+    shutil.copytree(site, tmp_path, dirs_exist_ok=True)
+    module = tmp_path / "model1_example_backend.py"
+    broken = """
+example_decode = sparse_decode
+
+def sparse_decode(*args, **options):
+    out, lse = example_decode(*args, **options)
+    return out + 1, lse
+
+operators["sparse_decode"] = sparse_decode
+del operators["paged_decode"]
+"""
+    module.write_text(module.read_text(encoding="utf-8") + broken, encoding="utf-8")
+    name = "tests/ops/test_sparse_decode.py::test_hostile_calls_are_right"
+    result = run_suite(tmp_path, name)
+    assert "operators that it lacks, on auto: paged_decode\n" in result.stdout
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
+    assert f"FAILED {name}" in result.stdout
+
+
+def test_a_backend_that_is_not_installed_cannot_be_tested() -> None:
+    with pytest.raises(pytest.UsageError, match="--backend exmaple: no such plug-in"):
+        use_backend("exmaple")
+
+
+def test_tensors_move_to_a_plug_ins_device_and_back() -> None:
+    def double(x: Tensor, *, factor: Tensor) -> Tensor:
+        seen.append(x)
+        x *= 2
+        return x * factor
+
+    seen: list[Tensor] = []
+    run = moving({"double": double}, torch.device("cpu"))["double"]
+    whole = torch.tensor([math.nan, 1.0, math.nan, 2.0, math.nan])
+    result = run(whole[1::2], factor=torch.tensor(3.0))
+    assert result.tolist() == [6.0, 12.0]
+    assert whole[1::2].tolist() == [2.0, 4.0]
+    assert whole[::2].isnan().all()
+    assert seen[0].data_ptr() != whole[1::2].data_ptr()
+    assert seen[0].stride() == (2,)
 
 
 def test_the_plug_in_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

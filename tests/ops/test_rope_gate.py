@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from backend_option import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops.rope import Rotation, apply_rope, rope_frequencies, rotation
-from model1.ops.rope_gate import inverse_rope_gate
+from model1.ops.rope_gate import INVERSE_ROPE_GATE, inverse_rope_gate
 from model1.testing.compare import assert_close_rows
 
 # Without a GPU the kernels run in Triton's interpreter, which a GPU build does not offer.
@@ -23,7 +24,6 @@ DEVICES = [
     pytest.param("cpu", marks=INTERPRETED, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-BACKENDS = ["ref", pytest.param("triton", marks=pytest.mark.triton)]
 SHAPES = [  # t, h, dv, d_rope
     (3, 2, 16, 4),
     (1, 1, 2, 2),
@@ -205,7 +205,7 @@ def test_the_op_describes_itself_to_pytorch(backend: str, device: str) -> None:
     cos, sin = _angles(2, 4, device)
     op = torch.ops.model1.inverse_rope_gate.default
     for arguments in ((cos, sin, gate), (None, None, gate), (cos, sin, None)):
-        torch.library.opcheck(op, (out, *arguments, backend))
+        torch.library.opcheck(op, (out, *arguments, INVERSE_ROPE_GATE.resolve(backend, out.device)))
 
 
 @pytest.mark.parametrize("device", DEVICES[:1])

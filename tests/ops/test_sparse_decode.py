@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_option import TESTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_near, naive_attention
@@ -57,7 +58,7 @@ def test_equals_a_float64_loop(
         q, caches[0], slots[0], topk_length=used[0], attn_sink=sink, layout=layout,
         block_size=block_sizes[0], extra_kv_cache=caches[1], extra_topk_indices=slots[1],
         extra_topk_length=used[1], extra_block_size=block_sizes[1], value_dim=value_dim,
-        softmax_scale=0.3, backend="ref",
+        softmax_scale=0.3, backend=TESTED,
     )  # fmt: skip
     for i in range(b):
         kv = torch.cat(
@@ -79,15 +80,15 @@ def test_equals_a_float64_loop(
 def test_hostile_calls_are_right(layout: KVLayout, extra_topk: int) -> None:
     shape = Shape(layout=layout, b=3, s_q=2, extra_topk=extra_topk, has_length=True, has_sink=True)
     arguments = make_arguments(shape)
-    assert_right(sparse_decode(**arguments, backend="ref"), arguments)
+    assert_right(sparse_decode(**arguments, backend=TESTED), arguments)
 
 
 def test_a_flat_batch_is_one_query_per_request() -> None:
     arguments = make_arguments(Shape(layout=LAYOUT, b=4, extra_topk=7, has_length=True))
-    out, lse = sparse_decode(**arguments, backend="ref")
+    out, lse = sparse_decode(**arguments, backend=TESTED)
     names = ("q", "topk_indices", "extra_topk_indices")
     flat = arguments | {name: arguments[name].squeeze(1) for name in names}
-    got, got_lse = sparse_decode(**flat, backend="ref")
+    got, got_lse = sparse_decode(**flat, backend=TESTED)
     assert torch.equal(got, out.squeeze(1))
     assert torch.equal(got_lse, lse.squeeze(1))
 
@@ -96,7 +97,7 @@ def test_a_selected_nan_comes_out() -> None:
     arguments = make_arguments(Shape(layout=LAYOUT, b=2, topk=6))
     unused = set(range(15)) - set(arguments["topk_indices"].flatten().tolist())
     arguments["topk_indices"][0, 0, 5] = unused.pop()
-    out, lse = sparse_decode(**arguments, backend="ref")
+    out, lse = sparse_decode(**arguments, backend=TESTED)
     assert out[0].isnan().all()
     assert lse[0].isnan().all()
     assert not out[1].isnan().any()
@@ -159,7 +160,7 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     arguments = _valid_call() | change
     arguments = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        sparse_decode(**arguments, backend="ref")
+        sparse_decode(**arguments, backend=TESTED)
 
 
 @pytest.mark.gpu
@@ -176,6 +177,7 @@ def test_an_unknown_backend_is_refused() -> None:
         sparse_decode(**_valid_call(), backend="hopper")
 
 
+@pytest.mark.built_in
 def test_a_cpu_runs_the_reference() -> None:
     assert SPARSE_DECODE.resolve("auto", torch.device("cpu")) == "ref"
 
@@ -196,7 +198,7 @@ def test_opcheck_and_compile() -> None:
     def call(q: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         return sparse_decode(
             q, cache, slots, topk_length=length, attn_sink=sink, layout=LAYOUT, block_size=8,
-            value_dim=90, softmax_scale=0.1, backend="ref",
+            value_dim=90, softmax_scale=0.1, backend=TESTED,
         )  # fmt: skip
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -209,7 +211,14 @@ def test_it_is_not_differentiable() -> None:
     q = torch.randn(2, 1, 3, 96, requires_grad=True)
     slots = torch.zeros(2, 1, 5, dtype=torch.int32)
     out, _ = sparse_decode(
-        q, cache, slots, layout=LAYOUT, block_size=8, value_dim=96, softmax_scale=0.1, backend="ref"
+        q,
+        cache,
+        slots,
+        layout=LAYOUT,
+        block_size=8,
+        value_dim=96,
+        softmax_scale=0.1,
+        backend=TESTED,
     )
     with pytest.raises(RuntimeError, match="autograd"):
         out.sum().backward()
