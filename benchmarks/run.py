@@ -1,8 +1,9 @@
 """Operators on this GPU, beside any module with the `flash_mla` interface and PyTorch's own.
 
     python -m benchmarks.run [--operator sparse_decode] [--peer MODULE] [--record]
+        [--test-processes 8]
 
-First runs the operator's GPU tests and refuses to time anything while one fails. Then prints, for
+First runs the operators' GPU tests and refuses to time anything while one fails. Then prints, for
 each case, microseconds (median, min-max), GB/s, TFLOPS, and percent of the two ceilings measured in
 the same process (device copy, bf16 matrix product). The peer and a case's own rivals are timed on
 the same inputs in the same process; ratio = their time / ours, gap = how far the results differ,
@@ -17,7 +18,6 @@ import functools
 import importlib
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,22 +27,10 @@ from typing import Any
 import torch
 
 from benchmarks.cases import MODULES, Call, Case
+from benchmarks.gate import ROOT, run_tests, tree_name
 from model1.testing.timing import Ceilings, Timing, measure_ceilings, time_call
 
-ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = {module.OPERATOR: module for module in MODULES}
-# pytest's plugins may be missing on a GPU image, and its settings are then errors
-PYTEST = ("-q", "-m", "gpu", "-o", "addopts=--import-mode=importlib", "-W", "default")
-
-
-def run_tests(operator: str) -> None:
-    """Exit unless the operator's GPU tests pass."""
-    files = [
-        str(path) for pattern in OPERATORS[operator].TESTS for path in sorted(ROOT.glob(pattern))
-    ]
-    done = subprocess.run([sys.executable, "-m", "pytest", *PYTEST, *files], cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"tests of {operator} fail: nothing was timed")
 
 
 def similarity_gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -103,14 +91,11 @@ def format_row(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def record(rows: list[dict[str, Any]], ceilings: Ceilings) -> Path:
+def record(rows: list[dict[str, Any]], ceilings: Ceilings, commit: str) -> Path:
     """Append the rows with what they were measured on."""
     gpu = torch.cuda.get_device_name()
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     about = {
-        "gpu": gpu, "torch": torch.__version__, "commit": found or None,
+        "gpu": gpu, "torch": torch.__version__, "commit": commit,
         "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
         **asdict(ceilings),
     }  # fmt: skip
@@ -128,16 +113,26 @@ def main() -> None:
     parser.add_argument("--peer", help="module with the flash_mla interface")
     parser.add_argument("--graph", action="store_true", help="time the replay of a CUDA graph")
     parser.add_argument("--skip-tests", action="store_true", help="only without --record")
+    parser.add_argument(
+        "--test-processes", type=int, default=1, metavar="N", help="share the tests"
+    )
     parser.add_argument("--record", action="store_true")
+    parser.add_argument(
+        "--commit", metavar="NAME", help="recorded for a copied tree that has no history of its own"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device, torch.cuda.is_available() is False")
     if options.skip_tests and options.record:
         parser.error("--record needs passing tests: drop --skip-tests")
     operators = options.operator or list(OPERATORS)
+    try:
+        commit = tree_name(options.commit) if options.record else ""
+    except ValueError as error:
+        parser.error(str(error))
     if not options.skip_tests:
-        for operator in operators:
-            run_tests(operator)
+        patterns = [pattern for operator in operators for pattern in OPERATORS[operator].TESTS]
+        run_tests(patterns, options.test_processes)
     peer = importlib.import_module(options.peer) if options.peer else None
     ceilings = measure_ceilings(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: copy {ceilings.copy_gb_per_s:.0f} GB/s, "
@@ -149,7 +144,7 @@ def main() -> None:
             print(format_row(rows[-1]), flush=True)
             torch.cuda.empty_cache()
     if options.record:
-        print(f"recorded in {record(rows, ceilings)}")
+        print(f"recorded in {record(rows, ceilings, commit)}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A warm kernel cache hides compilation errors: every run starts with an empty one.
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="model1-triton-")
+    # A warm kernel cache hides compilation errors: every run starts with an empty one. Processes
+    # that share a run may share it: SHARED_TRITON_CACHE is a folder that their parent made for it.
+    cache = os.environ.get("SHARED_TRITON_CACHE") or tempfile.mkdtemp(prefix="model1-triton-")
+    os.environ["TRITON_CACHE_DIR"] = cache
     # Triton reads this where a kernel is defined: without a GPU its kernels run interpreted.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"

@@ -14,7 +14,7 @@ from benchmarks.kernel_inputs import block_tables, normal, varied_lengths
 from model1.ops.paged_decode import paged_decode
 
 OPERATOR = "dense_decode"
-TESTS = ("tests/ops/test_paged_decode*.py",)
+TESTS = ("tests/ops/test_paged_decode*.py", "tests/test_flash_mla_gpu.py")
 D, VALUE_DIM, PAGE = 576, 512, 64
 
 

@@ -1,34 +1,37 @@
-"""Causal MHA of prefill and training, beside PyTorch's FlexAttention and its SDPA."""
+"""Causal MHA of prefill and training, beside PyTorch's FlexAttention and its SDPA.
+
+Ours and a peer's are called as `flash_attn_varlen_func`.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cases.case import Call, Case, Work, own_work
+from benchmarks.cases.case import Call, Case, Work
 from benchmarks.kernel_inputs import normal
-from model1.ops.mha_prefill import mha_prefill
 
 OPERATOR = "mha_prefill"
-TESTS = ("tests/ops/test_mha_prefill*.py",)
+TESTS = ("tests/ops/test_mha_prefill*.py", "tests/test_flash_mla_gpu.py")
+PEER_DIMS = ((192, 128), (128, 128))  # what FlashMLA compiles
 TOKENS = 8192  # of all requests of a case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # [t, h, width], requests back to back
 
 
-def _own(b: int, s: int, device: torch.device) -> Attend:
+def _varlen(module: Any, b: int, s: int, device: torch.device) -> Attend:
     cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[2] ** -0.5
         ends = (cu_seqlens, cu_seqlens, s, s)
-        return mha_prefill(q, k, v, *ends, softmax_scale=scale, causal=True)[0]
+        return module.flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=True)[0]
 
     return attend
 
@@ -80,7 +83,13 @@ def mha_work(
     width, moved = (3 * d + 2 * dv, 2) if is_backward else (d + dv, 1)
     rivals = {"flex": functools.partial(prepare, _flex), "sdpa": functools.partial(prepare, _sdpa)}
     num_bytes = 2 * moved * sum(x.numel() for x in drawn)
-    return own_work(prepare(_own), 2.0 * num_pairs * width, num_bytes, rivals)
+    return Work(
+        lambda module: prepare(functools.partial(_varlen, module)),
+        2.0 * num_pairs * width,
+        num_bytes,
+        rivals,
+        takes_peer=(d, dv) in PEER_DIMS,
+    )
 
 
 def cases() -> Iterator[Case]:

@@ -1,7 +1,7 @@
 """Sparse decode: FlashMLA's benchmark shapes, and the price of being deterministic.
 
-Work is counted as FlashMLA's benchmarks count it: entries that are -1 are counted, scale bytes of
-MODEL1 are not.
+Work is counted as FlashMLA's benchmarks count it: operations of every entry, also of -1; bytes of
+every distinct entry of a cache once, -1 being one of them, without the scale bytes of MODEL1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model1.ops.kv_cache import KVLayout
 from model1.ops.sparse_decode import sparse_decode
 
 OPERATOR = "sparse_decode"
-TESTS = ("tests/ops/test_sparse_decode*.py",)
+TESTS = ("tests/ops/test_sparse_decode*.py", "tests/test_flash_mla_gpu.py")
 BATCHES = (2, 64, 74, 128, 148, 256)
 VALUE_DIM = 512
 
@@ -96,9 +96,20 @@ def cost(x: Inputs, shape: Shape) -> tuple[float, float]:
     if x.extra_length is not None:
         num_keys += shape.s_q * int(x.extra_length.sum())
     token_bytes = 576 if shape.layout.name == "model1_fp8" else 656
+    num_slots = x.main.slots.unique().numel()
+    if x.extra is not None:
+        num_slots += _counted(x.extra.slots, x.extra_length).unique().numel()
     query_bytes = 2 * b * shape.s_q * shape.h * (d + VALUE_DIM)
     flop = 2.0 * shape.h * num_keys * (d + VALUE_DIM)
-    return flop, num_keys * token_bytes + query_bytes
+    return flop, num_slots * token_bytes + query_bytes
+
+
+def _counted(slots: Tensor, length: Tensor | None) -> Tensor:
+    """The entries of all rows that are below their request's length."""
+    if length is None:
+        return slots
+    position = torch.arange(slots.shape[-1], device=slots.device)
+    return slots[(position < length[:, None, None]).expand_as(slots)]
 
 
 def interface_work(b: int, shape: Shape, device: torch.device) -> Work:

@@ -14,7 +14,7 @@ from benchmarks.kernel_inputs import normal
 from model1.ops.sparse_prefill import sparse_prefill
 
 OPERATOR = "sparse_prefill"
-TESTS = ("tests/ops/test_sparse_prefill*.py",)
+TESTS = ("tests/ops/test_sparse_prefill*.py", "tests/test_flash_mla_gpu.py")
 VALUE_DIM = 512
 _SHAPES = ((512, 64, 512), (512, 128, 1024), (576, 128, 2048), (576, 64, 2048))  # d, h, topk
 

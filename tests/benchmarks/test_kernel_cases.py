@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ SHAPES = {
 
 
 def assert_rivals_agree(work: Work, names: set[str], tolerance: float) -> None:
-    ours = work.bind(None)()
+    ours = work.bind(flash_mla)()
     assert set(work.rivals) == names
     for prepare in work.rivals.values():
         for a, b in zip(ours, prepare()(), strict=True):
@@ -57,10 +58,23 @@ def test_sparse_decode_calls_run_and_count_their_work(name: str) -> None:
     keys = work.flop / (2 * shape.h * (shape.layout.d + 512))
     assert 2 * shape.s_q * shape.topk <= keys
     assert keys <= 2 * shape.s_q * (shape.topk + shape.extra_topk)
-    assert work.num_bytes > keys * 576
+    assert work.num_bytes > shape.topk * 576
     own = sparse_decode.deterministic_work(2, shape, CPU)
     assert torch.equal(own.bind(None)()[0], out)
     assert_rivals_agree(own, {"deterministic"}, 1e-4)
+
+
+def test_sparse_decode_reads_a_slot_once() -> None:
+    shape = dataclasses.replace(TWO_SCOPES, topk=3, extra_topk=2)
+    x = sparse_decode.inputs(2, shape, CPU)
+    assert x.extra is not None
+    assert x.extra_length is not None
+    x.main.slots.copy_(torch.tensor([[7, 8, -1], [9, 8, -1]]))  # 7, 8, 9 and -1
+    x.extra.slots.copy_(torch.tensor([7, 5]))
+    x.extra_length.copy_(torch.tensor([1, 0]))  # 7 of the other cache
+    flop, num_bytes = sparse_decode.cost(x, shape)
+    assert flop == 2 * 2 * (2 * 2 * 3 + 2 * 1) * (512 + 512)
+    assert num_bytes == 5 * 576 + 2 * 2 * 2 * 2 * (512 + 512)
 
 
 def test_prefill_calls_run_forward_and_backward() -> None:
@@ -104,6 +118,24 @@ def test_mha_prefill_and_sdpa_agree(step: Any) -> None:
     assert set(work.rivals) == {"flex", "sdpa"}
     rivals = {"sdpa": work.rivals["sdpa"]}
     assert_rivals_agree(dataclasses.replace(work, rivals=rivals), {"sdpa"}, 1e-3)
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_mha_prefill_is_bound_to_a_peer(step: Any) -> None:
+    calls = []
+
+    def attend(*args: Any, **options: Any) -> Any:
+        calls.append(options)
+        return flash_mla.flash_attn_varlen_func(*args, **options)
+
+    work = mha_prefill.mha_work(step, 192, 128, 1, 2, 3, CPU)
+    assert work.takes_peer
+    peer = work.bind(SimpleNamespace(flash_attn_varlen_func=attend))()
+    assert calls == [{"softmax_scale": 192**-0.5, "causal": True}]
+    assert all(torch.equal(a, b) for a, b in zip(peer, work.bind(flash_mla)(), strict=True))
+    assert not mha_prefill.mha_work(step, 32, 16, 1, 2, 3, CPU).takes_peer
+    with pytest.raises(AttributeError, match="flash_attn_varlen_func"):
+        work.bind(SimpleNamespace())()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
