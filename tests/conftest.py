@@ -64,7 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_triton)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(not_slow)
-        if config.getoption("--backend") and {"triton", "built_in"} & set(item.keywords):
+        is_built_in = {"triton", "built_in"} & set(item.keywords)
+        if config.getoption("--backend") and (is_built_in or item.path.stem.endswith("_kernel")):
             item.add_marker(other)
 
 
