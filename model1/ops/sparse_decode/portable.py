@@ -254,9 +254,11 @@ _OPTIONAL = ("sink_ptr", "length_ptr", "extra_kv_ptr", "extra_slots_ptr", "extra
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """MODEL1 with a second cache, lengths and a sink, V3.2 without; 16, 32 and 128 heads."""
+    """MODEL1 with a second cache, lengths and a sink, V3.2 and bf16 without; 16, 32, 128 heads."""
     cases = []
-    for layout in (KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64)):
+    for layout in (
+        KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64), KVLayout("bf16", 512, 64),
+    ):  # fmt: skip
         has_all = layout.name == "model1_fp8"
         for h in (16, 32, 128):
             config = choose_config(target, h, torch.bfloat16, layout)
