@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import device_target, launch_options
 from model1.ops.online_softmax import LOG2_E, add_products, scaled_scores
@@ -147,9 +148,8 @@ def _sparse_attn_bwd_kernel(
         dq = add_products(dq, ds, k)
         w = _stack(ds, p.to(x[0].dtype)).T
         if DETERMINISTIC:
-            # in 64 bits: one query may have more pairs than the buffer is meant to hold
-            first_pair = tl.program_id(0).to(tl.int64) * topk + start
-            rows = dkv_ptr + first_pair * D + offs_n[:, None] * D
+            # fits 32 bits: the launcher sees to it
+            rows = dkv_ptr + (tl.program_id(0) * topk + start + offs_n)[:, None] * D
         else:
             rows = dkv_ptr + key * D
         for c in tl.static_range(num_pieces(D, PIECE)):
@@ -192,7 +192,10 @@ def sparse_prefill_backward_triton(
     deterministic: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `sparse_prefill_backward_ref`; `config` replaces the table's choice."""
+    """See `sparse_prefill_backward_ref`; `config` replaces the table's choice.
+
+    BackendUnavailable for deterministic gradients of a query with 2^31 or more numbers in pairs.
+    """
     check_dtype(q)
     (t, h, d), topk = q.shape, topk_indices.shape[1]
     if config is None:
@@ -203,6 +206,11 @@ def sparse_prefill_backward_triton(
     num_tiles = -(-h // config.block_h)
     rows, sums = t, dkv
     if deterministic:
+        if (numbers := num_tiles * topk * d) >= 1 << 31:
+            raise BackendUnavailable(
+                f"sparse_prefill/triton takes a list whose deterministic gradients are fewer than "
+                f"2^31 numbers, got {numbers} ({num_tiles} tiles of heads x topk {topk} x d {d})"
+            )
         rows = min(t, rows_per_buffer(num_tiles * topk, d))
         sums = torch.empty(rows * num_tiles * topk, d, dtype=torch.float32, device=q.device)
     fixed = _sizes(dout, q, kv, topk_indices) | launch_options(config.num_warps, config.num_stages)
