@@ -94,8 +94,7 @@ def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLa
     if target.kind == "hip":
         return Config(block_h=16, block_n=16, num_warps=4, num_stages=1, programs_per_sm=2)
     if target.arch == 90 and h > 32:
-        if not layout.is_fp8:  # 64 keys spill
-            return Config(block_h=64, block_n=32, num_warps=8, num_stages=3, split_scores=True)
+        # over bf16 rows this spills 24 bytes; with 32 keys it does not and was 23 % slower
         return Config(block_h=64, block_n=64, num_warps=8, num_stages=2, split_scores=True)
     if target.arch not in (80, 90, 100):  # 99 KB of shared memory
         if h > 16:
@@ -270,6 +269,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
             constants |= _constants(layout, 512, config, target)
             kernel = _flash_fwd_splitkv_mla_fp8_sparse_kernel
             options = launch_options(config.num_warps, config.num_stages)
+            options["may_spill"] = not layout.is_fp8 and config.block_h == 64
             cases.append(_case(f"{layout.name} h{h}", kernel, constants, options, has_all))
         kernel, options = _flash_fwd_mla_combine_kernel, launch_options(_COMBINE_WARPS, 1)
         combine = _combine_constants(512, config.block_n)
@@ -278,7 +278,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
 
 
 def _case(
-    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, int], has_all: bool
+    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any], has_all: bool
 ) -> CompileCase:
     if not has_all:
         constants = constants | {n: None for n in kernel.arg_names if n in _OPTIONAL}
