@@ -203,13 +203,13 @@ def store_largest(
     tensors, sizes = (scores, count, key_end, state), (scores.stride(0), max_seqlen, topk)
     with torch.cuda.device_of(scores):
         for level in range(first_level, len(_BITS)):
-            _count_digits_kernel[grid](
-                *tensors, *sizes, num_chunks, LEVEL=level, BITS=_BITS, **constants
-            )
+            digit: dict[str, Any] = {"LEVEL": level, "BITS": _BITS}
+            _count_digits_kernel[grid](*tensors, *sizes, num_chunks, **digit, **constants)
         _count_chosen_kernel[grid](*tensors, chunk_counts, *sizes, num_chunks, **constants)
+        constants["BLOCK_CHUNKS"] = next_power_of_2(num_chunks)
         _write_chosen_kernel[grid](
             *tensors, chunk_counts, topk_indices, *sizes, num_chunks, topk_indices.stride(0),
-            BLOCK_CHUNKS=next_power_of_2(num_chunks), **constants,
+            **constants,
         )  # fmt: skip
 
 
