@@ -61,6 +61,11 @@ def _sdpa(b: int, _s: int, _device: torch.device) -> Attend:
     return _batched(b, functools.partial(scaled_dot_product_attention, is_causal=True))
 
 
+def _may_run_peer(device: torch.device) -> bool:
+    """FlashMLA's kernel is for sm_100; on sm_90 it breaks the process's CUDA context."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 10
+
+
 def mha_work(
     step: Literal["forward", "backward"], d: int, dv: int, h: int, b: int, s: int,
     device: torch.device,
@@ -88,7 +93,7 @@ def mha_work(
         2.0 * num_pairs * width,
         num_bytes,
         rivals,
-        takes_peer=(d, dv) in PEER_DIMS,
+        takes_peer=(d, dv) in PEER_DIMS and _may_run_peer(device),
     )
 
 
