@@ -18,6 +18,7 @@ import functools
 import importlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -96,7 +97,8 @@ def record(rows: list[dict[str, Any]], ceilings: Ceilings, commit: str) -> Path:
     gpu = torch.cuda.get_device_name()
     about = {
         "gpu": gpu, "torch": torch.__version__, "commit": commit,
-        "date": datetime.date.today().isoformat(), "command": " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         **asdict(ceilings),
     }  # fmt: skip
     path = ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '_', gpu.lower())}.jsonl"

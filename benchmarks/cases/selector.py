@@ -1,7 +1,7 @@
 """Selector, remainder and sparse attention over paged low-rank vectors; rank 64 beside MODEL1.
 
-The bandwidth limit of a scan is one reading of the low-rank vectors and rotary keys. The selector
-reads them twice.
+The bandwidth limit of a scan is one reading of the low-rank vectors and rotary keys. With 64 heads
+the selector reads them twice.
 """
 
 from __future__ import annotations

@@ -178,6 +178,16 @@ def _row_sums(
     return log2_total, delta, dsink_rows.sum(0)
 
 
+def _rows_at_once(num_tiles: int, topk: int, d: int) -> int:
+    """Queries whose pairs fit into the buffer; the kernel counts those of one query in 32 bits."""
+    if (numbers := num_tiles * topk * d) >= 1 << 31:
+        raise BackendUnavailable(
+            f"sparse_prefill/triton takes a list whose deterministic gradients are fewer than "
+            f"2^31 numbers, got {numbers} ({num_tiles} tiles of heads x topk {topk} x d {d})"
+        )
+    return rows_per_buffer(num_tiles * topk, d)
+
+
 def sparse_prefill_backward_triton(
     dout: Tensor,
     q: Tensor,
@@ -192,10 +202,7 @@ def sparse_prefill_backward_triton(
     deterministic: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `sparse_prefill_backward_ref`; `config` replaces the table's choice.
-
-    BackendUnavailable for deterministic gradients of a query with 2^31 or more numbers in pairs.
-    """
+    """See `sparse_prefill_backward_ref`; `config` replaces the table's choice."""
     check_dtype(q)
     (t, h, d), topk = q.shape, topk_indices.shape[1]
     if config is None:
@@ -206,12 +213,7 @@ def sparse_prefill_backward_triton(
     num_tiles = -(-h // config.block_h)
     rows, sums = t, dkv
     if deterministic:
-        if (numbers := num_tiles * topk * d) >= 1 << 31:
-            raise BackendUnavailable(
-                f"sparse_prefill/triton takes a list whose deterministic gradients are fewer than "
-                f"2^31 numbers, got {numbers} ({num_tiles} tiles of heads x topk {topk} x d {d})"
-            )
-        rows = min(t, rows_per_buffer(num_tiles * topk, d))
+        rows = min(t, _rows_at_once(num_tiles, topk, d))
         sums = torch.empty(rows * num_tiles * topk, d, dtype=torch.float32, device=q.device)
     fixed = _sizes(dout, q, kv, topk_indices) | launch_options(config.num_warps, config.num_stages)
     fixed |= _constants(config, d, out.shape[2], deterministic)
