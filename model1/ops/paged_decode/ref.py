@@ -6,6 +6,7 @@ as one padded batch, the others one at a time. The host reads the lengths, and s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -108,17 +109,8 @@ def _keys(
     block_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The first lengths[i] tokens of each request, zeros after them: dtype [g, s, hkv, d]."""
-    # On the host, where NumPy takes a microsecond for what PyTorch takes five.
-    longest = max(lengths)
-    table = block_table[:, : -(-longest // block_size)].cpu().numpy().astype(np.int64)
-    slots = table[..., None] * block_size + np.arange(block_size)
-    slots = slots.reshape(len(lengths), -1)[:, :longest]
-    is_past = np.arange(longest) >= np.array(lengths)[:, None]
-    is_wrong = ~is_past & ((slots < 0) | (slots >= len(kv_cache) * block_size))
-    if is_wrong.any():
-        rule = f"block_table must hold ids in 0..{len(kv_cache) - 1} where a request has tokens"
-        raise ValueError(f"{rule}, got {slots[is_wrong][0] // block_size}")
-    slots = torch.from_numpy(np.where(is_past, -1, slots)).to(kv_cache.device)
+    table = block_table[:, : -(-max(lengths) // block_size)].cpu().numpy().tobytes()
+    slots = _slots(table, tuple(lengths), block_size, len(kv_cache)).to(kv_cache.device)
     if layout is not None:
         return gather_and_dequantize_ref(
             kv_cache, slots, layout=layout, block_size=block_size, dtype=dtype
@@ -126,6 +118,22 @@ def _keys(
     found = slots.clamp_min(0)  # zeros replace what is read past a request's end
     keys = kv_cache[found // block_size, found % block_size]
     return keys.masked_fill_((slots < 0)[..., None, None], 0.0)
+
+
+@functools.lru_cache(maxsize=1)  # every layer of a model asks for the same
+def _slots(table: bytes, lengths: tuple[int, ...], block_size: int, num_blocks: int) -> Tensor:
+    """Slots of the first tokens of each request, -1 after them: int64 [g, s]; table: int32."""
+    # On the host, where NumPy takes a microsecond for what PyTorch takes five.
+    blocks = np.frombuffer(table, np.int32).reshape(len(lengths), -1, 1).astype(np.int64)
+    longest = max(lengths)
+    slots = blocks * block_size + np.arange(block_size)
+    slots = slots.reshape(len(lengths), -1)[:, :longest]
+    is_past = np.arange(longest) >= np.array(lengths)[:, None]
+    is_wrong = ~is_past & ((slots < 0) | (slots >= num_blocks * block_size))
+    if is_wrong.any():
+        rule = f"block_table must hold ids in 0..{num_blocks - 1} where a request has tokens"
+        raise ValueError(f"{rule}, got {slots[is_wrong][0] // block_size}")
+    return torch.from_numpy(np.where(is_past, -1, slots))
 
 
 def _join(
