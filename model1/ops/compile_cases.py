@@ -37,4 +37,4 @@ class CompileCase:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
-    may_spill: bool = False  # where what does not is slower; the choice of sizes says by how much
+    may_spill: bool = False  # the choice of sizes says why

@@ -244,6 +244,18 @@ def pick(arguments: dict[str, Any], requests: list[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_core_indices_that_are_no_position_are_ignored() -> None:
+    shape = Shape(layout=SMALL, query_lens=(1, 1), max_seqlen=20)
+    core = torch.tensor([[3, -1, -1, -1], [-1, 5, -1, 0]], dtype=torch.int32, device=DEVICE)
+    wrong = torch.tensor([2**31 - 1, -(2**31), 20, 21], dtype=torch.int32, device=DEVICE)
+    arguments = make_arguments(shape)
+    for backend in ("ref", "triton"):
+        want = lowrank_remainder(**remainder_arguments(arguments, core), backend=backend)
+        hostile = torch.where(core < 0, wrong, core)
+        got = lowrank_remainder(**remainder_arguments(arguments, hostile), backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_a_seen_nan_comes_out_of_the_rows_that_see_it() -> None:
     arguments = make_arguments(Shape(layout=SMALL, query_lens=(1, 1), max_seqlen=20))
     arguments["key_end"].fill_(11)

@@ -1,7 +1,7 @@
 """Sparse attention in Triton: the operators it consists of, and what joins them.
 
-`lowrank_topk` reads the low-rank vectors twice, `lowrank_remainder` once, `sparse_decode` the
-core's tokens.
+`lowrank_topk` reads the low-rank vectors once for few heads, else twice, `lowrank_remainder` once,
+`sparse_decode` the core's tokens.
 """
 
 from __future__ import annotations

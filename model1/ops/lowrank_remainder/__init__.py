@@ -47,8 +47,8 @@ def lowrank_remainder(
     lse[i, h] = ln sum_j e^(s_j),  positions j < key_end[i] not in core_indices[i]
 
     scan_q and all that says which rows see which tokens: as `lowrank_topk` takes them.
-    core_indices: [t, k] int32, distinct positions below max_seqlen in any order, -1 = unused;
-    positions that the row does not see change nothing. The rotary channels join the value only
+    core_indices: [t, k] int32, distinct positions in any order; what is no position that the row
+    sees, such as -1, changes nothing. The rotary channels join the value only
     with `rotary_value`. The mask of the core takes a byte per row and visible position, in chunks
     of rows that keep scratch memory under 256 MiB (or one row).
 

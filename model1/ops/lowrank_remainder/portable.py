@@ -65,7 +65,8 @@ def lowrank_remainder_triton(
 def core_mask(core_indices: Tensor, max_seqlen: int, width: int) -> Tensor:
     """[rows, width] uint8, 1 at the core's positions; column max_seqlen takes what is unused."""
     mask = torch.zeros(len(core_indices), width, dtype=torch.uint8, device=core_indices.device)
-    column = core_indices.long().masked_fill_(core_indices < 0, max_seqlen)
+    is_unused = (core_indices < 0) | (core_indices >= max_seqlen)
+    column = core_indices.long().masked_fill_(is_unused, max_seqlen)
     return mask.scatter_(1, column, 1)
 
 
