@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from model1.config import ModelConfig
 from model1.nn.indexer import LowRankSelector
-from model1.nn.layers import Linear, RmsNorm, new_weight
+from model1.nn.layers import JointLinear, Linear, RmsNorm, new_weight
 from model1.nn.vvpa import LogTemperature, OutputGate
 from model1.ops.norm import rms_norm
-from model1.ops.rope import apply_rope
+from model1.ops.rope import apply_rope, rotate_tail
 
 if TYPE_CHECKING:
     from model1.nn.context import Context
@@ -67,6 +67,8 @@ class Attention(nn.Module):
         self.gate = OutputGate(config) if config.vvpa.output_gate else None
         self.temperature = LogTemperature(config) if config.vvpa.log_temperature else None
         self.selector = LowRankSelector(config) if config.sparse is not None else None
+        gates = [] if self.gate is None else [self.gate.proj]
+        self.joint = JointLinear(self.wq_a, self.wkv, *gates)
 
     @property
     def spec(self) -> AttendSpec:
@@ -75,30 +77,34 @@ class Attention(nn.Module):
             self.value_dim, self.softmax_scale, self.attn_sink, self.selector, self.kv_norm
         )
 
-    def project(self, layer_id: int, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Queries [t, h, d] of x [t, c], and what the context makes of its latents."""
-        return self._queries(x, context), context.latents(layer_id, self.wkv(x), self.spec)
+    def project(
+        self, layer_id: int, x: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of x [t, c]: queries [t, h, d], what the context makes of its latents, gate [t, h]."""
+        low, kv, *logits = self.joint(x)
+        gate = None if self.gate is None else self.gate(logits[0], context.log_position)
+        return self._queries(low, context), context.latents(layer_id, kv, self.spec), gate
 
-    def finish(self, x: Tensor, out: Tensor, context: Context) -> Tensor:
-        """[t, c] from the sublayer's input x [t, c] and the attended values [t, h, value_dim]."""
-        out = out.to(x.dtype)
+    def finish(self, out: Tensor, gate: Tensor | None, context: Context) -> Tensor:
+        """[t, c] from the attended values [t, h, value_dim] and the gate, in out's dtype."""
         if self.form == "v32":
-            out = torch.einsum("thc,hvc->thv", out, self.wv_b.to(x.dtype))
-        gate = None if self.gate is None else self.gate(x, context.log_position)
+            out = torch.einsum("thc,hvc->thv", out, self.wv_b.to(out.dtype))
         out = context.finish_values(out, gate, is_rotary=self.rotary_value)
-        grouped = out.reshape(len(x), self.groups, -1).transpose(0, 1)
-        low = torch.bmm(grouped, self.wo_a.to(x.dtype).transpose(1, 2))
-        return self.wo_b(low.transpose(0, 1).reshape(len(x), -1))
+        num_tokens = out.shape[0]
+        grouped = out.reshape(num_tokens, self.groups, -1).transpose(0, 1)
+        low = torch.bmm(grouped, self.wo_a.type_as(out).transpose(1, 2))
+        return self.wo_b(low.transpose(0, 1).reshape(num_tokens, -1))
 
-    def _queries(self, x: Tensor, context: Context) -> Tensor:
+    def _queries(self, low: Tensor, context: Context) -> Tensor:
         """Queries in the latent's coordinates, rotated and tempered, [t, h, d]."""
-        q = self.wq_b(self.q_norm(self.wq_a(x))).unflatten(-1, (self.heads, -1))
+        q = self.wq_b(self.q_norm(low))
+        q = q.view(q.shape[0], self.heads, -1)
         if self.form == "model1":
-            q = rms_norm(q, None, self.eps)
-        nope, rotary = q.split([q.shape[-1] - self.rope_dim, self.rope_dim], dim=-1)
-        if self.form == "v32":
-            nope = torch.einsum("thn,hnc->thc", nope, self.wk_b.to(x.dtype))
-        q = torch.cat([nope, apply_rope(rotary, context.rotation)], dim=-1)
+            q = rotate_tail(rms_norm(q, None, self.eps), context.rotation)
+        else:
+            nope, rotary = q.split([q.shape[-1] - self.rope_dim, self.rope_dim], dim=-1)
+            nope = torch.einsum("thn,hnc->thc", nope, self.wk_b.to(q.dtype))
+            q = torch.cat([nope, apply_rope(rotary, context.rotation)], dim=-1)
         if self.temperature is not None:
-            q = q * self.temperature(context.log_position)[..., None].to(q.dtype)
+            q = q * self.temperature(context.log_position).unsqueeze(-1).type_as(q)
         return q

@@ -53,27 +53,32 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor | None, context: Context) -> Tensor:
         """rows: this layer's Engram rows, None where it has no memory."""
-        x, u, weights, q, kv = self.before(x, rows, context)
+        x, weights, q, kv, gate = self.before(x, rows, context)
         out = context.attend(self.layer_id, q, kv, self.attn.spec)
-        return self.after(x, u, weights, out, context)
+        return self.after(x, weights, out, gate, context)
 
     def before(
         self, x: Tensor, rows: Tensor | None, context: Context
-    ) -> tuple[Tensor, Tensor, MhcCoefficients | None, Tensor, Tensor]:
-        """Streams, attention input, mixing weights, queries and latents."""
+    ) -> tuple[Tensor, MhcCoefficients | None, Tensor, Tensor, Tensor | None]:
+        """Streams, mixing weights, queries, latents and the output's gate."""
         if self.engram is not None:
             assert rows is not None
             x = self.engram(x, rows, context)
         u, weights = _collapse(x, self.mhc_attn)
-        u = self.attn_norm(u)
-        q, kv = self.attn.project(self.layer_id, u, context)
-        return x, u, weights, q, kv
+        q, kv, gate = self.attn.project(self.layer_id, self.attn_norm(u), context)
+        return x, weights, q, kv, gate
 
     def after(
-        self, x: Tensor, u: Tensor, weights: MhcCoefficients | None, out: Tensor, context: Context
+        self,
+        x: Tensor,
+        weights: MhcCoefficients | None,
+        out: Tensor,
+        gate: Tensor | None,
+        context: Context,
     ) -> Tensor:
         """Output projection, write-back and the feed-forward sublayer."""
-        x = _write_back(x, self.attn.finish(u, out, context), weights, self.mhc_attn)
+        y = self.attn.finish(out.type_as(x), gate, context)
+        x = _write_back(x, y, weights, self.mhc_attn)
         u, weights = _collapse(x, self.mhc_ffn)
         return _write_back(x, self.ffn(self.ffn_norm(u)), weights, self.mhc_ffn)
 

@@ -17,7 +17,14 @@ from model1.nn.attention import AttendSpec
 from model1.nn.indexer import ROW_CHUNK
 from model1.nn.selector_loss import sample_rows, selector_loss
 from model1.ops.dense_attention import dense_attention
-from model1.ops.rope import Rotation, apply_rope, rope_frequencies, rotation, yarn_frequencies
+from model1.ops.rope import (
+    Rotation,
+    apply_rope,
+    rope_frequencies,
+    rotate_tail,
+    rotation,
+    yarn_frequencies,
+)
 
 # Query rows of one dense pass on the plain path: bounds the score matrix to rows * h * s.
 DENSE_ROW_CHUNK = 256
@@ -191,9 +198,7 @@ class FullContext:
     def finish_values(self, out: Tensor, gate: Tensor | None, *, is_rotary: bool) -> Tensor:
         """See Context; plain and differentiable, so that a compiled block fuses it."""
         if is_rotary:
-            d_rope = self.rotation.cos.shape[-1]
-            nope, rotary = out.split([out.shape[-1] - d_rope, d_rope], dim=-1)
-            out = torch.cat([nope, apply_rope(rotary, self.rotation, inverse=True)], dim=-1)
+            out = rotate_tail(out, self.rotation, inverse=True)
         return out if gate is None else out * gate[..., None]
 
     def _collect_selector_losses(self, q: Tensor, kv: Tensor, spec: AttendSpec) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model1.config import ModelConfig, SparseConfig
@@ -73,7 +74,7 @@ class LowRankSelector(nn.Module):
 
     def project(self, latent: Tensor) -> Tensor:
         """z = P (c - mu): [s, d_nope] to [s, r]."""
-        return (latent - self.mean.to(latent.dtype)) @ self.basis.T.to(latent.dtype)
+        return F.linear(latent - self.mean.type_as(latent), self.basis.type_as(latent))
 
     @torch.no_grad()
     def retract(self) -> None:

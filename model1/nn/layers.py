@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,9 +44,45 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        if self.int8 is not None and x.dim() == 2 and x.shape[0] <= INT8_MAX_ROWS:
-            return torch._weight_int8pack_mm(x.bfloat16(), *self.int8).to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype))
+        if self.int8 is not None and _is_few_rows(x):
+            return _int8_product(x, *self.int8)
+        return F.linear(x, self.weight.type_as(x))
+
+
+class JointLinear:
+    """Linear maps of one input: one product where they are packed. Their modules own the weights.
+
+    No module itself, so that no weight has two names.
+    """
+
+    def __init__(self, *maps: Linear) -> None:
+        self.maps = maps
+        self.widths = [m.weight.shape[0] for m in maps]
+        self.int8: tuple[Tensor, Tensor] | None = None
+
+    def pack_int8(self) -> None:
+        """Lay the packed copies of the maps behind each other; these become parts of it."""
+        packed = [m.int8 for m in self.maps]
+        codes, scale = (torch.cat(parts) for parts in zip(*packed, strict=True))
+        pieces = zip(codes.split(self.widths), scale.split(self.widths), strict=True)
+        for linear, piece in zip(self.maps, pieces, strict=True):
+            linear.int8 = piece
+        self.int8 = codes, scale
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """[..., in_features] to [..., out_features] of each map."""
+        if self.int8 is not None and _is_few_rows(x):
+            return _int8_product(x, *self.int8).split_with_sizes(self.widths, dim=-1)
+        return [m(x) for m in self.maps]
+
+
+def _is_few_rows(x: Tensor) -> bool:
+    shape = x.shape
+    return len(shape) == 2 and shape[0] <= INT8_MAX_ROWS
+
+
+def _int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return torch._weight_int8pack_mm(x.bfloat16(), codes, scale).type_as(x)
 
 
 class Embedding(nn.Module):

@@ -41,7 +41,7 @@ class HyperConnection(nn.Module):
     def coefficients(self, x: Tensor) -> MhcCoefficients:
         """Mixing weights from the streams x [t, n, c]."""
         weights = mhc_coefficients(
-            x, self.fn, self.scale[self.group], self.base,
+            x, self.fn, self.scale.index_select(0, self.group), self.base,
             iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
         )  # fmt: skip
         if self.worst_error is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model1.config import ModelConfig
 from model1.errors import ConfigError
+from model1.nn.attention import Attention
 from model1.nn.block import Block
 from model1.nn.context import Context, FullContext
 from model1.nn.engram import Engram, ngram_windows
@@ -19,7 +20,7 @@ from model1.nn.kv import CacheKind, KVCache, allocate
 from model1.nn.layers import Embedding, Linear, RmsNorm
 from model1.nn.metadata import AttentionMetadata
 from model1.nn.mhc import HyperConnection, HyperHead
-from model1.nn.moe import MixtureOfExperts
+from model1.nn.moe import FeedForward, MixtureOfExperts
 from model1.nn.mtp import MultiTokenPrediction
 from model1.nn.paged import PagedContext, check_backend
 from model1.ops.engram import build_hash_specs, check_compression_table
@@ -159,6 +160,9 @@ class Model(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack_int8()
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward):
+                module.joint.pack_int8()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits of final hidden states."""

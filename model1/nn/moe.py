@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import ModelConfig
-from model1.nn.layers import Linear, new_weight
+from model1.nn.layers import JointLinear, Linear, new_weight
 from model1.ops.activation import swiglu
 from model1.ops.moe import moe_experts, moe_route
 
@@ -22,10 +22,12 @@ class FeedForward(nn.Module):
         self.w1 = Linear(config.hidden_size, intermediate_size)
         self.w3 = Linear(config.hidden_size, intermediate_size)
         self.w2 = Linear(intermediate_size, config.hidden_size, zero_init=True)
+        self.joint = JointLinear(self.w1, self.w3)
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, c] to [t, c]."""
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
+        gate, up = self.joint(x)
+        return self.w2(swiglu(gate, up, self.limit))
 
 
 class MixtureOfExperts(nn.Module):

@@ -64,6 +64,8 @@ class PagedContext:
     ) -> None:
         self.config, self.meta, self.cache, self.backend = config, meta, cache, backend
         self.device = meta.positions.device
+        # What the operators of the first layer have checked holds for all: only values differ.
+        self.is_checked = False
         self.rotation = rotation(meta.positions, _frequencies(config, self.device))
         self.log_position = log_position(meta.positions, config.vvpa.reference_length)
         self.query_lens, self.cache_seqlens = (
@@ -121,12 +123,12 @@ class PagedContext:
             kv, norm.weight, self.rotation, cache.latent[layer_id], slots,
             layout=cache.layout, block_size=cache.block_size, eps=norm.eps,
             norm_width=len(norm.weight), return_latent=spec.selector is not None,
-            backend=self.backend,
+            is_checked=self.is_checked, backend=self.backend,
         )  # fmt: skip
         if spec.selector is not None:
             index = cache.index[layer_id]
             z = spec.selector.project(latents[:, : cache.layout.d_nope])
-            index.index_copy_(0, slots, z.to(index.dtype))
+            index.index_copy_(0, slots, z.type_as(index))
         return latents
 
     def attend(self, layer_id: int, q: Tensor, latents: Tensor, spec: AttendSpec) -> Tensor:
@@ -150,7 +152,7 @@ class PagedContext:
             value_dim=spec.value_dim, softmax_scale=spec.softmax_scale, causal=True,
             layout=self.cache.layout, block_size=self.cache.block_size,
             cu_seqlens_q=rows.cu_seqlens_q, max_seqlen_q=rows.max_seqlen_q,
-            attn_sink=spec.attn_sink, backend=self.backend,
+            attn_sink=spec.attn_sink, is_checked=self.is_checked, backend=self.backend,
         )  # fmt: skip
         return out
 
@@ -173,7 +175,10 @@ class PagedContext:
         """See Context."""
         angles = self.rotation if is_rotary else None
         d_rope = self.cache.layout.d_rope
-        return inverse_rope_gate(out, angles, gate, d_rope=d_rope, backend=self.backend)
+        is_checked, self.is_checked = self.is_checked, True
+        return inverse_rope_gate(
+            out, angles, gate, d_rope=d_rope, is_checked=is_checked, backend=self.backend
+        )
 
     def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
         """See Context; earlier values come from the cache."""

@@ -25,10 +25,10 @@ class OutputGate(nn.Module):
         self.proj = Linear(config.hidden_size, heads, zero_init=True)
         self.position_slope = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, x: Tensor, log_position: Tensor) -> Tensor:
-        """x [t, c] and log_position [t] = ln((i + 1) / L0) to gates [t, h] in x's dtype."""
-        logits = torch.addcmul(self.proj(x).float(), log_position[:, None], self.position_slope)
-        return (2.0 * torch.sigmoid(logits)).to(x.dtype)
+    def forward(self, logits: Tensor, log_position: Tensor) -> Tensor:
+        """logits [t, h] = x W_g and log_position [t] = ln((i + 1) / L0) to gates [t, h]."""
+        moved = torch.addcmul(logits.float(), log_position.unsqueeze(1), self.position_slope)
+        return (2.0 * torch.sigmoid(moved)).type_as(logits)
 
 
 class LogTemperature(nn.Module):
@@ -43,4 +43,4 @@ class LogTemperature(nn.Module):
 
     def forward(self, log_position: Tensor) -> Tensor:
         """log_position [t] = ln((i + 1) / L0) to factors [t, h] fp32."""
-        return 1.0 + log_position.clamp(min=0.0)[:, None] * self.slope
+        return 1.0 + log_position.clamp(min=0.0).unsqueeze(1) * self.slope

@@ -17,6 +17,12 @@ def is_readable(tensor: Tensor) -> bool:
     return on_host and not torch.compiler.is_compiling()
 
 
+def counts_calls(tensor: Tensor) -> bool:
+    """Whether the number of calls is what a step costs: on a CPU, where no gradient is recorded."""
+    is_plain = tensor.is_cpu and type(tensor) is Tensor
+    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def check_prefix_sums(
     axis: str, cu_seqlens: Tensor, max_seqlen: int, num_rows: int, *, owns_all: bool
 ) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model1.ops.ragged import counts_calls
+
 
 class Rotation(NamedTuple):
     """Angles of t positions, each pair's value stored twice so that no reshape is needed."""
@@ -47,14 +49,31 @@ def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
     return Rotation(cos.float(), sin.float())
 
 
-def apply_rope(x: Tensor, angles: Rotation, *, inverse: bool = False) -> Tensor:
+def apply_rope(
+    x: Tensor, angles: Rotation, *, inverse: bool = False, out: Tensor | None = None
+) -> Tensor:
     """Rotate [t, d_rope] or [t, h, d_rope] by the angle of each position; `inverse` turns back.
 
-    Computed in fp32, returned in the dtype of x.
+    Computed in fp32, returned in the dtype of x; or written to `out`, fp32 like x, x itself too.
     """
     cos, sin = angles
-    if x.dim() == 3:
-        cos, sin = cos[:, None, :], sin[:, None, :]
+    shape = x.shape
+    if len(shape) == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     x32 = x.float()
-    swapped = x32.view(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).view(x.shape)
-    return torch.addcmul(x32 * cos, swapped, sin, value=-1.0 if inverse else 1.0).to(x.dtype)
+    swapped = x32.view(*shape[:-1], shape[-1] // 2, 2).flip(-1).view(shape)
+    turned = torch.addcmul(x32 * cos, swapped, sin, value=-1.0 if inverse else 1.0, out=out)
+    return turned.type_as(x)
+
+
+def rotate_tail(x: Tensor, angles: Rotation, *, inverse: bool = False) -> Tensor:
+    """x [t, d] or [t, h, d] with its last d_rope channels rotated as `apply_rope` does.
+
+    The caller gives x up: where no gradient is recorded, its memory may hold the result.
+    """
+    d_rope = angles.cos.shape[-1]
+    plain, rotary = x.split_with_sizes((x.shape[-1] - d_rope, d_rope), dim=-1)
+    if x.dtype == torch.float32 and counts_calls(x):
+        apply_rope(rotary, angles, inverse=inverse, out=rotary)
+        return x
+    return torch.cat((plain, apply_rope(rotary, angles, inverse=inverse)), dim=-1)

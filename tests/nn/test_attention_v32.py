@@ -90,8 +90,8 @@ def sublayer(attention: Attention, config: ModelConfig, x: Tensor) -> Tensor:
     starts = torch.zeros(1, len(x), dtype=torch.int64)
     with double_precision():
         context = FullContext(config, starts, x.dtype, dense=True)
-        q, kv = attention.project(0, x, context)
-        return attention.finish(x, context.attend(0, q, kv, attention.spec), context)
+        q, kv, gate = attention.project(0, x, context)
+        return attention.finish(context.attend(0, q, kv, attention.spec), gate, context)
 
 
 def random_attention(config: ModelConfig) -> tuple[Attention, Tensor]:
@@ -163,10 +163,11 @@ def test_gate_and_temperature_act_on_heads_and_logits(form: str) -> None:
     starts = torch.zeros(1, T, dtype=torch.int64)
     with double_precision(), torch.no_grad():
         context = FullContext(config, starts, x.dtype, dense=True)
-        q, kv = bare.project(0, x, context)
+        q, kv, no_gate = bare.project(0, x, context)
+        assert no_gate is None
         factor = attention.temperature(context.log_position)
         out = context.attend(0, q * factor[..., None], kv, bare.spec)
-        gate = attention.gate(x, context.log_position)
-        want = bare.finish(x, out * gate[..., None], context)
+        gate = attention.gate(attention.gate.proj(x), context.log_position)
+        want = bare.finish(out * gate[..., None], None, context)
         assert (factor[5:] != 1).all()
         assert_near(sublayer(attention, config, x), want, 1e-10)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -68,8 +68,10 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert worst.max() <= TOLERANCE, f"row {int(worst.argmax())} differs by {worst.max():.2e}"
 
 
-def run_in_chunks(model: Model, history: list[int], sizes: list[int]) -> Tensor:
-    table = blocks_for([len(history)], num_blocks=24)
+def run_in_chunks(
+    model: Model, history: list[int], sizes: list[int], blocks: list[int] | None = None
+) -> Tensor:
+    table = blocks_for([len(history)], num_blocks=24) if blocks is None else [blocks]
     cache = model.allocate_kv_cache(24, BLOCK, "fp32")
     outs, done = [], 0
     for size in sizes:
@@ -93,6 +95,41 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 def test_decode_token_by_token_equals_the_full_forward(case: Case) -> None:
     model, ids, full = case
     assert_close(run_in_chunks(model, ids[0].tolist(), [1] * LENGTH), full)
+
+
+def test_blocks_that_follow_each_other_equal_the_full_forward(case: Case) -> None:
+    """What a lone request gets, and a CPU then reads in place."""
+    model, ids, full = case
+    sizes = [37, 1, 1, 64, *[1] * 47]
+    assert_close(run_in_chunks(model, ids[0].tolist(), sizes, list(range(5, 15))), full)
+
+
+def test_recording_gradients_changes_only_rounding(case: Case) -> None:
+    """Without them small steps on a CPU take fewer calls."""
+    model, ids, full = case
+    with torch.inference_mode(False), torch.enable_grad():
+        logits = model(torch.tensor(ids.tolist()))[0]
+    assert logits.requires_grad
+    assert_close(logits.detach(), full)
+
+
+def test_the_operators_of_the_first_layer_check_for_all(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, _ = case
+    names = ("kv_write.check_arguments", "paged_decode.check_query", "rope_gate.check_arguments")
+    counts = dict.fromkeys(names, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def check(*args: object) -> None:
+            counts[name] += 1
+
+        return check
+
+    for name in names:
+        monkeypatch.setattr(f"model1.ops.{name}", count(name))
+    run_in_chunks(model, ids[0, :5].tolist(), [4, 1])
+    assert counts == dict.fromkeys(names, 2)
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [37, 1, 64, 13, 35], [BLOCK] * 9 + [6], [31, 2, 117]])

@@ -9,7 +9,7 @@ from model1 import presets
 from model1.config import ModelConfig
 from model1.engine.config import EngineConfig, resolve_placement
 from model1.errors import ConfigError
-from model1.nn.layers import INT8_MAX_ROWS, Linear
+from model1.nn.layers import INT8_MAX_ROWS, JointLinear, Linear
 from tests.nn.helpers import build, step_metadata
 
 
@@ -49,6 +49,26 @@ def test_a_zero_row_stays_zero() -> None:
     layer = Linear(32, 4, zero_init=True)
     layer.pack_int8()
     assert torch.equal(layer(torch.randn(2, 32)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("num_tokens", [1, INT8_MAX_ROWS, INT8_MAX_ROWS + 1])
+def test_a_joint_product_is_that_of_each_map(num_tokens: int) -> None:
+    maps = [Linear(64, width) for width in (24, 6, 33)]
+    x = torch.randn(num_tokens, 64)
+    with torch.inference_mode():
+        before = [m(x) for m in maps]
+        assert all(map(torch.equal, JointLinear(*maps)(x), before))
+    for linear in maps:
+        linear.pack_int8()
+    with torch.inference_mode():
+        alone = [m(x) for m in maps]
+        joint = JointLinear(*maps)
+        joint.pack_int8()
+        assert all(map(torch.equal, joint(x), alone))
+        assert all(map(torch.equal, [m(x) for m in maps], alone))
+    assert joint.int8 is not None
+    codes = joint.int8[0].untyped_storage().data_ptr()  # kept once
+    assert [m.int8 and m.int8[0].untyped_storage().data_ptr() for m in maps] == [codes] * 3
 
 
 @pytest.mark.parametrize("config", [presets.tiny(), presets.tiny_v32()], ids=["tied", "untied"])

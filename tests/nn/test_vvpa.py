@@ -95,7 +95,7 @@ def test_gate_and_temperature_are_the_formulas() -> None:
     positions = torch.tensor([0, 5, 31, 32, 500])
     log_position = torch.log((positions + 1) / 32)
     x = torch.randn(5, 64)
-    gates, factors = gate(x, log_position), temperature(log_position)
+    gates, factors = gate(gate.proj(x), log_position), temperature(log_position)
     for i, position in enumerate(positions.tolist()):
         logits = gate.proj.weight.double() @ x[i].double()
         for head in range(4):
@@ -113,10 +113,10 @@ def test_the_temperature_multiplies_the_logits() -> None:
     attention, where = Attention(config), context(config, LENGTH)
     x = torch.randn(LENGTH, 64)
     with torch.no_grad():
-        q, kv = attention.project(0, x, where)
+        q, kv, _ = attention.project(0, x, where)
         assert attention.temperature is not None
         attention.temperature.slope.copy_(torch.tensor([0.0, 0.5, 1.0, -0.2]))
-        hot, same_kv = attention.project(0, x, where)
+        hot, same_kv, _ = attention.project(0, x, where)
     factor = attention.temperature(where.log_position)
     assert torch.equal(kv, same_kv)
     logits, hot_logits = (torch.einsum("thd,sd->ths", v, kv) for v in (q, hot))
@@ -130,8 +130,8 @@ def attend_at(attention: Attention, config: ModelConfig, x: Tensor, shift: int) 
     """One attention sublayer on x with all positions moved by `shift`."""
     where = context(config, len(x), x.dtype)
     where.rotation = rotation(where.positions + shift, frequencies(config))
-    q, kv = attention.project(0, x, where)
-    return attention.finish(x, where.attend(0, q, kv, attention.spec), where)
+    q, kv, gate = attention.project(0, x, where)
+    return attention.finish(where.attend(0, q, kv, attention.spec), gate, where)
 
 
 def test_shifting_every_position_leaves_the_output_unchanged() -> None:
@@ -162,7 +162,7 @@ def test_moving_one_token_alone_changes_the_value_it_gives() -> None:
         out = latent[:1].expand(2, -1)[:, None].expand(2, 4, -1)
         nope = config.attention.latent_nope_dim
         torch.nn.init.normal_(attention.wo_b.weight, generator=torch.Generator().manual_seed(0))
-        values.append(attention.finish(torch.zeros(2, 64), out, where).detach())
+        values.append(attention.finish(out, None, where).detach())
         assert out[..., nope:].abs().max() > 0
     assert torch.equal(values[0][0], values[1][0])
     assert (values[0][1] - values[1][1]).abs().max() > 1e-2

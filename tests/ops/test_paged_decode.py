@@ -14,7 +14,7 @@ from paged_decode_cases import GARBAGE_BLOCK, Shape, attend, check, random_case
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
-from model1.ops.kv_cache import KVLayout, allocate_kv_cache
+from model1.ops.kv_cache import KVLayout, allocate_kv_cache, quantize_and_store
 from model1.ops.paged_decode import paged_decode
 
 INF = math.inf
@@ -255,3 +255,31 @@ def test_a_block_that_counts_and_lies_outside_the_cache_is_an_error(
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(BackendUnavailable, match="backend must be one of"):
         paged_decode(**_good(), backend="cuda")
+
+
+@pytest.mark.parametrize("layout", [KVLayout("fp32", 24, 8), KVLayout("bf16", 24, 8), MODEL1])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_blocks_that_follow_each_other_are_read_as_any_others(
+    layout: KVLayout, num_queries: int
+) -> None:
+    """A single request's tokens in one piece, with NaN before and after them."""
+    cache = allocate_kv_cache(8, 4, layout, "cpu").fill_(0xFF)
+    keys, q = torch.randn(10, layout.d), torch.randn(num_queries, 2, layout.d)
+    options: dict[str, Any] = {"layout": layout, "block_size": 4}
+    tables, outs = ([2, 3, 4], [6, 1, 7]), []
+    for blocks in tables:
+        slots = torch.tensor([blocks[i // 4] * 4 + i % 4 for i in range(10)])
+        quantize_and_store(keys, cache, slots, **options)
+        outs.append(
+            paged_decode(
+                q, cache, torch.tensor([blocks], dtype=torch.int32),
+                torch.tensor([10], dtype=torch.int32), value_dim=layout.d_nope, softmax_scale=0.3,
+                causal=True, cu_seqlens_q=torch.tensor([0, num_queries], dtype=torch.int32),
+                max_seqlen_q=num_queries, **options,
+            )
+        )  # fmt: skip
+    before = cache.clone()
+    for one_piece, pieces in zip(*outs, strict=True):
+        assert one_piece.isfinite().all()
+        assert torch.equal(one_piece, pieces)
+    assert torch.equal(cache, before)

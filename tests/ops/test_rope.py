@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_near, double_precision
 
-from model1.ops.rope import Rotation, apply_rope, rope_frequencies, rotation, yarn_frequencies
+from model1.ops.rope import (
+    Rotation,
+    apply_rope,
+    rope_frequencies,
+    rotate_tail,
+    rotation,
+    yarn_frequencies,
+)
 
 
 @given(
@@ -142,3 +149,18 @@ def test_yarn_slow_pairs_see_no_new_angle_within_the_extended_context() -> None:
     got = yarn_frequencies(base, factor=4.0, original_length=4096, beta_fast=32, beta_slow=1)
     slow = 4096 * base / (2 * math.pi) <= 1
     assert (got[slow] * 4 * 4096 <= base[slow] * 4096 * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 14), (5, 3, 14), (0, 14)])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_tail_is_rotated_alike_with_and_without_a_gradient(
+    dtype: torch.dtype, shape: tuple[int, ...], inverse: bool
+) -> None:
+    x = torch.randn(shape).to(dtype)
+    angles = rotation(torch.arange(7, 7 + shape[0]), rope_frequencies(6, 100.0))
+    with torch.no_grad():
+        got = rotate_tail(x.clone(), angles, inverse=inverse)
+    assert torch.equal(got[..., :8], x[..., :8])
+    assert torch.equal(got[..., 8:], apply_rope(x[..., 8:], angles, inverse=inverse))
+    assert torch.equal(got, rotate_tail(x, angles, inverse=inverse))

@@ -52,7 +52,8 @@ def quantize_and_store_ref(
     rows, index = _data_rows(kv_cache, slots, layout, block_size)
     if not layout.is_fp8:
         dtype = _PLAIN_DTYPES[layout.name]
-        rows.view(dtype).index_copy_(0, index, kv.to(dtype))
+        rows = rows.view(dtype)
+        rows.index_copy_(0, index, kv.type_as(rows))
         return
     codes, scale_bytes = quantize_tiles_ref(
         kv[:, : layout.d_nope].unflatten(1, (layout.num_tiles, layout.tile))
@@ -92,6 +93,20 @@ def gather_and_dequantize_ref(
         out[:, : layout.d_nope] = nope.flatten(1)
         out[:, layout.d_nope :] = _row_rope(row, layout)
     return _zero_absent(out, absent).view(*slots.shape, layout.d)
+
+
+def plain_run_ref(
+    kv_cache: Tensor, first_slot: int, num_tokens: int, layout: KVLayout, block_size: int
+) -> Tensor | None:
+    """Tokens that follow each other in the cache, as they lie there: a view [num_tokens, d].
+
+    None where they are quantised or blocks do not touch.
+    """
+    if layout.is_fp8 or kv_cache.stride(0) != block_size * layout.row_bytes:
+        return None
+    start_bytes = kv_cache.storage_offset() + first_slot * layout.row_bytes
+    run = kv_cache.as_strided((num_tokens, layout.row_bytes), (layout.row_bytes, 1), start_bytes)
+    return run.view(_PLAIN_DTYPES[layout.name])
 
 
 def gather_rope_ref(

@@ -31,6 +31,7 @@ def norm_rope_store(
     eps: float,
     norm_width: int,
     return_latent: bool = True,
+    is_checked: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Normalise and rotate latents and write them into the cache, in place.
@@ -48,13 +49,15 @@ def norm_rope_store(
     Returns the latents [t, d] in kv's dtype, those of slot -1 included; with return_latent=False
     an empty [0, d], and nothing but the cache is written. t = 0 does nothing. A NaN or infinity
     spoils its token as far as the norm reaches; a tile that holds one reads back as NaN.
+    is_checked: the caller vouches for the arguments, which are not looked at then.
     Not differentiable. Raises ValueError for shapes, dtypes, devices and, on the CPU, slots
     outside the cache; BackendUnavailable for a backend that cannot run here.
     Source: DeepSeek-V4 (arXiv 2606.19348) and DeepSeek-V3.2; docs/kv_layout.md for the bytes.
     """
-    check_arguments(
-        kv, norm_weight, rotation, kv_cache, slot_mapping, layout, block_size, norm_width
-    )
+    if not is_checked:
+        check_arguments(
+            kv, norm_weight, rotation, kv_cache, slot_mapping, layout, block_size, norm_width
+        )
     name = NORM_ROPE_STORE.resolve(backend, kv.device)
     if calls_ref_directly(name):
         return NORM_ROPE_STORE.load(name)(
@@ -85,11 +88,12 @@ def _norm_rope_store(
     return_latent: bool,
     backend: str,
 ) -> Tensor:
-    return NORM_ROPE_STORE.load(backend)(
-        kv, norm_weight, Rotation(cos, sin), kv_cache, slot_mapping,
-        layout=KVLayout(layout, d_nope, d_rope), block_size=block_size,  # pyright: ignore
-        eps=eps, norm_width=norm_width, return_latent=return_latent,
-    )  # fmt: skip
+    with torch.no_grad():  # as in a direct call, so that both write the same bytes
+        return NORM_ROPE_STORE.load(backend)(
+            kv, norm_weight, Rotation(cos, sin), kv_cache, slot_mapping,
+            layout=KVLayout(layout, d_nope, d_rope), block_size=block_size,  # pyright: ignore
+            eps=eps, norm_width=norm_width, return_latent=return_latent,
+        )  # fmt: skip
 
 
 @_norm_rope_store.register_fake

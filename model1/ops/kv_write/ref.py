@@ -8,7 +8,7 @@ from torch import Tensor
 from model1.ops.kv_cache.layout import KVLayout
 from model1.ops.kv_cache.ref import quantize_and_store_ref
 from model1.ops.norm import rms_norm
-from model1.ops.rope import Rotation, apply_rope
+from model1.ops.rope import Rotation, rotate_tail
 
 
 def norm_rope_store_ref(
@@ -28,7 +28,6 @@ def norm_rope_store_ref(
     latent = rms_norm(kv[:, :norm_width], norm_weight, eps)
     if norm_width < layout.d:
         latent = torch.cat([latent, kv[:, norm_width:]], dim=-1)
-    nope, rope = latent.split([layout.d_nope, layout.d_rope], dim=-1)
-    latent = torch.cat([nope, apply_rope(rope, rotation)], dim=-1)
+    latent = rotate_tail(latent, rotation)
     quantize_and_store_ref(latent, kv_cache, slot_mapping, layout=layout, block_size=block_size)
     return latent if return_latent else latent.new_empty(0, layout.d)

@@ -45,6 +45,7 @@ def lowrank_attention(
     softmax_scale: float,
     attn_sink: Tensor | None = None,
     deterministic: bool = False,
+    is_checked: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Sparse attention of every query row over the first key_end[i] cached tokens of its request.
@@ -67,14 +68,16 @@ def lowrank_attention(
     anything, NaN included; a NaN before may reach all rows of its request. The result is that of
     dense attention where the core holds all visible tokens and, but for roundings of z, with an
     orthonormal basis of rank d_nope. deterministic: a row's bits do not depend on its batch mates.
+    is_checked: the caller vouches for the arguments, which are not looked at then.
     Not differentiable. Raises ValueError and BackendUnavailable as `lowrank_topk` does.
     The formula is ours, see docs/architecture.md; DeepSeek-V3.2 has the core alone.
     """
-    check_arguments(
-        q, kv_cache, index_cache, block_table, cu_seqlens_q, max_seqlen_q, key_end, core_count,
-        basis, mean, attn_sink, topk=topk, sliding_window=sliding_window, max_seqlen=max_seqlen,
-        value_dim=value_dim, rotary_value=rotary_value, layout=layout, block_size=block_size,
-    )  # fmt: skip
+    if not is_checked:
+        check_arguments(
+            q, kv_cache, index_cache, block_table, cu_seqlens_q, max_seqlen_q, key_end, core_count,
+            basis, mean, attn_sink, topk=topk, sliding_window=sliding_window, max_seqlen=max_seqlen,
+            value_dim=value_dim, rotary_value=rotary_value, layout=layout, block_size=block_size,
+        )  # fmt: skip
     name = LOWRANK_ATTENTION.resolve(backend, q.device)
     run = _run if calls_ref_directly(name) else torch.ops.model1.lowrank_attention
     return run(

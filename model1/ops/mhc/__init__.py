@@ -51,11 +51,12 @@ def mhc_coefficients(
     comb = sinkhorn(z). phi: [n*n + 2n, n*c]; scale: [n*n + 2n], the learned alpha of each column's
     group; bias: [n*n + 2n].
     """
-    n, c = x.shape[1], x.shape[2]
-    if phi.shape != (n * n + 2 * n, n * c):
-        raise ValueError(f"phi must be [{n * n + 2 * n}, {n * c}], got {list(phi.shape)}")
-    if scale.shape != (n * n + 2 * n,) or bias.shape != scale.shape:
-        raise ValueError(f"scale and bias must be [{n * n + 2 * n}]")
+    _, n, c = x.shape
+    width = n * n + 2 * n
+    if phi.shape != (width, n * c):
+        raise ValueError(f"phi must be [{width}, {n * c}], got {list(phi.shape)}")
+    if scale.shape != (width,) or bias.shape != (width,):
+        raise ValueError(f"scale and bias must be [{width}]")
     return MhcCoefficients(
         *mhc_coefficients_ref(x, phi, scale, bias, iters=iters, eps=eps, norm_eps=norm_eps)
     )

@@ -1,18 +1,26 @@
-"""Plain PyTorch manifold-constrained hyper-connections."""
+"""Plain PyTorch manifold-constrained hyper-connections.
+
+Where a CPU records no gradient the Sinkhorn rounds run in NumPy: a few tokens cost only the number
+of calls, and there are dozens of them in every sublayer.
+"""
 
 from __future__ import annotations
 
-import functools
-
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from model1.ops.norm import over_rms
+from model1.ops.ragged import counts_calls
 
 
 def sinkhorn_ref(logits: Tensor, *, iters: int, eps: float) -> Tensor:
     """See `model1.ops.mhc.sinkhorn`."""
-    if logits.device.type == "cpu" and not torch.is_grad_enabled():
-        return _sinkhorn_products(logits, iters, eps)
-    comb = torch.softmax(logits, dim=-1) + eps
+    comb = torch.softmax(logits, dim=-1)
+    if logits.dtype == torch.float32 and counts_calls(logits):
+        return torch.from_numpy(_sinkhorn_rounds(comb.numpy(), iters, eps))
+    comb = comb + eps
     comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
     for _ in range(iters - 1):
         comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
@@ -20,26 +28,20 @@ def sinkhorn_ref(logits: Tensor, *, iters: int, eps: float) -> Tensor:
     return comb
 
 
-@functools.cache
-def _sum_matrices(n: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices that replace each entry of a flat [n, n] by its row's or column's sum, and eps."""
-    ones, eye = torch.ones(n, n), torch.eye(n)
-    return torch.kron(eye, ones), torch.kron(ones, eye), torch.full((n * n,), eps)
+def _sinkhorn_rounds(softmax: np.ndarray, iters: int, eps: float) -> np.ndarray:
+    """The same rounds on [t, n, n] fp32, each sum starting from eps.
 
-
-def _sinkhorn_products(logits: Tensor, iters: int, eps: float) -> Tensor:
-    """The same rounds with each sum plus eps as one small matrix product.
-
-    On a CPU a few tokens cost only the number of calls, and this form needs half as many.
+    Tokens lie last meanwhile: sums over either other axis add whole rows of them.
     """
-    n = logits.shape[-1]
-    rows, columns, epsilon = _sum_matrices(n, eps)
-    comb = (torch.softmax(logits, dim=-1) + eps).flatten(1)
-    comb /= torch.addmm(epsilon, comb, columns)
-    for _ in range(iters - 1):
-        comb /= torch.addmm(epsilon, comb, rows)
-        comb /= torch.addmm(epsilon, comb, columns)
-    return comb.unflatten(-1, (n, n))
+    comb = softmax.transpose(1, 2, 0) + np.float32(eps)
+    n, _, t = comb.shape
+    columns, rows = np.empty((1, n, t), np.float32), np.empty((n, 1, t), np.float32)
+    start, add_up = np.float32(eps), np.add.reduce
+    for i in range(2 * iters - 1):
+        sums = rows if i % 2 else columns
+        # axis, dtype, out, keepdims, initial: by name they would cost a tenth more
+        np.divide(comb, add_up(comb, i % 2, None, sums, True, start), comb)
+    return np.ascontiguousarray(comb.transpose(2, 0, 1))
 
 
 def mhc_coefficients_ref(
@@ -47,37 +49,42 @@ def mhc_coefficients_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `model1.ops.mhc.mhc_coefficients`."""
     n = x.shape[1]
-    flat = x.flatten(1).float()
-    inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
-    # Multiplying before dividing by the rms gives the same numbers for one pass less.
-    z = (flat @ phi.float().T) * inverse_rms
-    z = torch.addcmul(bias.float(), z, scale.float())
-    pre = torch.sigmoid(z[:, :n]) + eps
-    post = 2.0 * torch.sigmoid(z[:, n : 2 * n])
-    comb = sinkhorn_ref(z[:, 2 * n :].unflatten(-1, (n, n)), iters=iters, eps=eps)
-    return pre, post, comb
+    z = _scaled_product(x, phi, scale, bias, norm_eps)
+    pre, post, comb = z.split_with_sizes((n, n, n * n), dim=-1)
+    pre, post = torch.sigmoid(pre) + eps, 2.0 * torch.sigmoid(post)
+    return pre, post, sinkhorn_ref(comb.view(-1, n, n), iters=iters, eps=eps)
 
 
 def mhc_head_ref(
     x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *, eps: float, norm_eps: float
 ) -> Tensor:
     """See `model1.ops.mhc.mhc_head`."""
+    return torch.sigmoid(_scaled_product(x, phi, scale, bias, norm_eps)) + eps
+
+
+def _scaled_product(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float) -> Tensor:
+    """scale * (phi flat(x)) / rms(flat(x)) + bias, one row a token."""
     flat = x.flatten(1).float()
-    inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
-    z = torch.addcmul(bias.float(), (flat @ phi.float().T) * inverse_rms, scale.float())
-    return torch.sigmoid(z) + eps
+    # Multiplying before dividing by the rms gives the same numbers for one pass less.
+    z = over_rms(F.linear(flat, phi.float()), flat, norm_eps)
+    return torch.addcmul(bias.float(), z, scale.float())
 
 
 def mhc_collapse_ref(x: Tensor, pre: Tensor) -> Tensor:
     """See `model1.ops.mhc.mhc_collapse`."""
-    return (pre.to(x.dtype).unsqueeze(-1) * x).sum(dim=1)
+    weights = pre.type_as(x)
+    if x.is_cpu:
+        return torch.bmm(weights.unsqueeze(1), x).squeeze(1)
+    return (weights.unsqueeze(-1) * x).sum(dim=1)
 
 
 def mhc_write_back_ref(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See `model1.ops.mhc.mhc_write_back`."""
-    # Unrolled over the few input streams: products this thin are slow as batched matrix products.
-    weights = comb.to(x.dtype).unsqueeze(-1)
-    out = post.to(x.dtype).unsqueeze(-1) * y.unsqueeze(1)
+    out = post.type_as(x).unsqueeze(-1) * y.unsqueeze(1)
+    if x.is_cpu:
+        return torch.baddbmm(out, comb.type_as(x).mT, x)
+    # Unrolled over the few input streams: a GPU is slow at products this thin.
+    weights = comb.type_as(x).unsqueeze(-1)
     for j in range(x.shape[1]):
         out = torch.addcmul(out, weights[:, j], x[:, j].unsqueeze(1))
     return out

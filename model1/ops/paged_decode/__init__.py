@@ -41,6 +41,7 @@ def paged_decode(
     attn_sink: Tensor | None = None,
     empty_lse: float = -math.inf,
     deterministic: bool = False,
+    is_checked: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over the first `cache_seqlens[i]` tokens of its request i.
@@ -65,15 +66,19 @@ def paged_decode(
     before it reaches the queries that see it, and may reach others of its request. A block id,
     -1 included, that stands for tokens and is outside the cache is undefined on a GPU and a
     ValueError on the CPU.
+    is_checked: the caller vouches for the arguments, which are not looked at then.
     deterministic: a row's bits do not depend on its batch mates or on the table's width. Not
     differentiable. Raises ValueError for shapes, dtypes, devices and strides, BackendUnavailable
     for a backend that cannot run here.
     Source: the public FlashMLA interface; docs/kv_layout.md for the bytes.
     """
-    check_query(q, cache_seqlens, cu_seqlens_q, max_seqlen_q, attn_sink)
-    size = check_cache_arguments(
-        q, kv_cache, block_table, cache_seqlens, layout, block_size, value_dim
-    )
+    if is_checked:
+        size = block_size or kv_cache.shape[1]
+    else:
+        check_query(q, cache_seqlens, cu_seqlens_q, max_seqlen_q, attn_sink)
+        size = check_cache_arguments(
+            q, kv_cache, block_table, cache_seqlens, layout, block_size, value_dim
+        )
     name = PAGED_DECODE.resolve(backend, q.device)
     if calls_ref_directly(name):
         return PAGED_DECODE.load(name)(

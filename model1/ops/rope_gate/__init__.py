@@ -32,6 +32,7 @@ def inverse_rope_gate(
     gate: Tensor | None,
     *,
     d_rope: int,
+    is_checked: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Turn the last d_rope channels of attended values back and multiply by the heads' gates.
@@ -42,11 +43,13 @@ def inverse_rope_gate(
     fp32, None = no turning (d_rope then says nothing). gate: [t, h] floating point, None = 1.
     Returns a new tensor like out, or out itself if neither is given; computed in fp32. t = 0 and
     h = 0 are allowed, NaN passes through. Differentiable in out and gate, once.
+    is_checked: the caller vouches for the arguments, which are not looked at then.
     Raises ValueError for shapes, dtypes, devices and strides, BackendUnavailable for a backend
     that cannot run here.
     Source: rotary values of DeepSeek-V4 (arXiv 2606.19348), headwise gate of arXiv 2505.06708.
     """
-    check_arguments(out, rotation, gate, d_rope)
+    if not is_checked:
+        check_arguments(out, rotation, gate, d_rope)
     if rotation is None and gate is None:
         return out
     cos, sin = (None, None) if rotation is None else rotation
