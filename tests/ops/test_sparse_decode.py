@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ from backend_option import TESTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_near, naive_attention
-from sparse_decode_cases import Shape, assert_right, make_arguments
+from sparse_decode_cases import (
+    Shape,
+    assert_right,
+    check_batch_invariance,
+    make_arguments,
+)
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -112,10 +118,22 @@ def test_slots_outside_their_cache_do_not_count(prefix: str, wrong: int) -> None
         assert len(arguments[f"{scope}kv_cache"]) * arguments[f"{scope}block_size"] < 24
     slots = arguments[name]
     slots[0, 0, 3], slots[1, 0, 0] = -1, -1
-    want = sparse_decode(**arguments, backend="ref")
+    want = sparse_decode(**arguments, backend=TESTED)
     arguments[name] = slots.masked_fill(slots < 0, wrong)
-    got = sparse_decode(**arguments, backend="ref")
+    got = sparse_decode(**arguments, backend=TESTED)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
+@pytest.mark.parametrize("has_length", [False, True])
+def test_deterministic_rows_know_neither_mates_nor_padding(
+    layout: KVLayout, has_length: bool
+) -> None:
+    shape = Shape(layout=layout, b=4, s_q=2, topk=37, extra_topk=13, has_length=has_length)
+    check_batch_invariance(
+        make_arguments(replace(shape, has_sink=True)),
+        lambda call: sparse_decode(**call, deterministic=True, backend=TESTED),
+    )
 
 
 def _valid_call() -> dict[str, Any]:

@@ -15,8 +15,10 @@ from sparse_decode_cases import (
     DTYPE,
     Shape,
     assert_right,
+    check_batch_invariance,
     check_random_case,
     make_arguments,
+    pick,
     run,
     store,
 )
@@ -188,7 +190,7 @@ def test_permuted_requests_give_permuted_bits(split_tiles: int | None) -> None:
     arguments = make_arguments(shape)
     out, lse = run(arguments, split_tiles)
     order = [3, 0, 2, 1]
-    got, got_lse = run(_pick(arguments, order), split_tiles)
+    got, got_lse = run(pick(arguments, order), split_tiles)
     assert torch.equal(got, out[order])
     assert torch.equal(got_lse, lse[order])
 
@@ -206,15 +208,36 @@ def test_deterministic_rows_do_not_depend_on_their_batch_mates(
     out, lse = run(arguments, deterministic=True)
     assert_right((out, lse), arguments)
     for i in range(3):
-        alone, alone_lse = run(_pick(arguments, [i]), deterministic=True)
+        alone, alone_lse = run(pick(arguments, [i]), deterministic=True)
         assert torch.equal(alone[0], out[i])
         assert torch.equal(alone_lse[0], lse[i])
 
 
-def _pick(arguments: dict[str, Any], requests: list[int]) -> dict[str, Any]:
-    per_request = ("q", "topk_indices", "topk_length", "extra_topk_indices", "extra_topk_length")
-    picked = {n: arguments[n] for n in per_request if arguments[n] is not None}
-    return arguments | {n: x[requests].clone() for n, x in picked.items()}
+@pytest.mark.parametrize(("extra_topk", "has_length"), [(27, False), (0, False), (27, True)])
+def test_deterministic_rows_know_neither_mates_nor_padding(
+    extra_topk: int, has_length: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = 1
+    if DEVICE == "cpu":  # where tiles are narrow and slow
+        monkeypatch.setattr(portable, "_DETERMINISTIC_KEYS", 32)
+        monkeypatch.setattr(portable, "_LIST_BLOCK", 32)
+    else:
+        scale = 26
+    shape = Shape(
+        layout=SMALL, b=4, s_q=2, h=1, topk=30 * scale, extra_topk=extra_topk * scale,
+        has_length=has_length, has_sink=True,
+    )  # fmt: skip
+    check_batch_invariance(make_arguments(shape), lambda call: run(call, deterministic=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("h", [16, 64, 128])
+@pytest.mark.parametrize("layout", [MODEL1, V32, KVLayout("bf16", 512, 64)])
+def test_deterministic_rows_of_the_models_widths(layout: KVLayout, h: int) -> None:
+    shape = Shape(layout=layout, b=4, s_q=2, h=h, topk=2048, block_size=64, extra_topk=1500)
+    for has_length in (False, True):
+        arguments = make_arguments(replace(shape, has_length=has_length, has_sink=True))
+        check_batch_invariance(arguments, lambda call: run(call, deterministic=True))
 
 
 def test_cutting_the_work_otherwise_gives_the_same() -> None:

@@ -49,7 +49,8 @@ def norm_rope_store(
     an empty [0, d], and nothing but the cache is written. t = 0 does nothing. A NaN or infinity
     spoils its token as far as the norm reaches; a tile that holds one reads back as NaN.
     Not differentiable. Raises ValueError for shapes, dtypes, devices and, on the CPU, slots
-    outside the cache; BackendUnavailable for a backend that cannot run here.
+    outside the cache, which elsewhere count as -1; BackendUnavailable for a backend that cannot
+    run here.
     Source: DeepSeek-V4 (arXiv 2606.19348) and DeepSeek-V3.2; docs/kv_layout.md for the bytes.
     """
     check_arguments(
