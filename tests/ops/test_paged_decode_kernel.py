@@ -223,6 +223,21 @@ def test_large_logits_do_not_overflow(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "d_nope", "d_rope"),
+    [
+        ("model1_fp8", 64, 32), ("model1_fp8", 320, 0), ("model1_fp8", 576, 64),
+        ("model1_fp8", 960, 32), ("model1_fp8", 1024, 64), ("v32_fp8", 640, 0), (None, 832, 64),
+    ],
+)  # fmt: skip
+def test_any_split_of_the_latent(name: Any, d_nope: int, d_rope: int, device: str) -> None:
+    layout, d = name and KVLayout(name, d_nope, d_rope), d_nope + d_rope
+    shape = _shape(device, h=17, d=d, value_dim=d_nope, layout=layout, causal=True, has_sink=True)
+    case = random_case(shape, [20, 0, 9], [2, 2, 2], 0)
+    check(case, run(case, device), str(shape))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_strides_are_free(device: str) -> None:
     case = random_case(_shape(device, hkv=1), [19, 3], [2, 2], 0)
     want = run(case, device, WHOLE)
@@ -249,8 +264,8 @@ def test_the_op_describes_itself_to_pytorch(device: str) -> None:
 
 @pytest.mark.any_device
 def test_more_channels_than_fit_are_refused() -> None:
-    case = random_case(Shape(h=1, d=600, value_dim=8, block_size=4), [3], [1], 0)
-    with pytest.raises(BackendUnavailable, match="takes 576 channels, got 600"):
+    case = random_case(Shape(h=1, d=1104, value_dim=8, block_size=4), [3], [1], 0)
+    with pytest.raises(BackendUnavailable, match="takes 1088 channels here, got 1104"):
         run(case, "cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -31,6 +31,7 @@ from model1.ops.sparse_decode import sparse_decode
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
 from model1.ops.compile_cases import KernelTarget
+from model1.ops.launch import max_channels
 from model1.ops.sparse_decode import portable
 from model1.ops.sparse_decode.portable import (
     Config,
@@ -98,6 +99,28 @@ def test_any_block_size(block_size: int) -> None:
     shape = replace(shape, extra_block_size=257 - block_size)
     arguments = make_arguments(shape)
     assert_right(run(arguments), arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "d_nope", "d_rope"),
+    [
+        ("model1_fp8", 64, 32), ("model1_fp8", 320, 0), ("model1_fp8", 576, 64),
+        ("model1_fp8", 960, 32), ("model1_fp8", 1024, 64), ("v32_fp8", 640, 0), ("bf16", 832, 64),
+    ],
+)  # fmt: skip
+def test_any_split_of_the_latent(name: Any, d_nope: int, d_rope: int) -> None:
+    layout = KVLayout(name, d_nope, d_rope)
+    shape = Shape(layout=layout, h=17, s_q=2, b=1, topk=18, extra_topk=5, has_sink=True)
+    arguments = make_arguments(replace(shape, value_dim=d_nope))
+    assert_right(run(arguments), arguments)
+
+
+def test_the_widest_rows_follow_from_shared_memory() -> None:
+    for arch, widest, widest_fp32 in ((80, 1088, 1088), (89, 1024, 768), (90, 1088, 1088)):
+        target = KernelTarget("cuda", arch)
+        assert max_channels(target, torch.bfloat16) == widest
+        assert max_channels(target, torch.float32) == widest_fp32
+    assert max_channels(KernelTarget("hip", "gfx942"), torch.float32) == 1088
 
 
 @pytest.mark.parametrize("value_dim", [1, 40, 64, 65, 96])
@@ -359,7 +382,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     for layout, message in [
         (KVLayout("bf16", 40, 16), "multiples of 16, got 40 and 16"),
         (KVLayout("model1_fp8", 64, 24), "multiples of 16, got 64 and 24"),
-        (KVLayout("model1_fp8", 640, 32), "at most 576 channels, got 672"),
+        (KVLayout("bf16", 1024, 80), "at most 1088 channels here, got 1104"),
     ]:
         arguments = make_arguments(Shape(layout=layout, topk=3))
         with pytest.raises(BackendUnavailable, match=message):

@@ -15,6 +15,8 @@ from sparse_prefill_cases import (
     Shape,
     assert_gradients_right,
     assert_right,
+    check_batch_invariance,
+    check_empty_lists,
     check_random_case,
     in_double,
     make_arguments,
@@ -145,6 +147,21 @@ def test_no_queries_and_no_keys() -> None:
     assert_right(run(arguments), arguments)
     for deterministic in (False, True):
         assert_gradients_right(arguments, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_lists_are_lists_without_a_key(deterministic: bool) -> None:
+    options = {"deterministic": deterministic, "backend": "triton"}
+    for arguments in (make_arguments(Shape(topk=0)), make_arguments(Shape(topk=0, s=0))):
+        check_empty_lists(arguments, options)
+
+
+@pytest.mark.parametrize("has_length", [False, True])
+def test_rows_know_neither_mates_nor_padding(has_length: bool) -> None:
+    shape = Shape(t=5, h=17, has_length=has_length)
+    if DEVICE == "cuda":
+        shape = replace(shape, h=64, s=900, topk=300, d=512, value_dim=512)
+    check_batch_invariance(make_arguments(shape), backend="triton")
 
 
 def test_a_nan_that_is_named_comes_out() -> None:

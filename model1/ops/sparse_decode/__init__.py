@@ -66,9 +66,11 @@ def sparse_decode(
     Returns out like q with `value_dim` channels and lse [b, s_q, h] (or [t, h]) fp32. A row
     without a valid key gives out = 0 and lse = empty_lse. Slots that no valid entry names may
     hold anything, NaN included, and are not read. deterministic: a row's bits do not depend on its
-    batch mates.
+    batch mates, nor on what entries that are ignored follow its last valid one.
     Not differentiable (`sparse_prefill` is). Raises ValueError for shapes, dtypes, devices and
-    strides, BackendUnavailable for a backend that cannot run here.
+    strides, BackendUnavailable for a backend that cannot run here. triton takes d_nope and d_rope
+    that are multiples of 16 and, as does `paged_decode`, at most 1088 channels (on GPUs with 99 KB
+    of shared memory 1024, in fp32 768).
     Source: the public FlashMLA interface; docs/kv_layout.md for the bytes.
     """
     is_flat = q.dim() == 3
