@@ -97,12 +97,17 @@ def store(cache: Tensor, slots: Tensor, layout: KVLayout, block_size: int) -> No
     kv = (torch.randn(len(slots), layout.d) / 2).to(DEVICE)
     quantize_and_store_ref(kv, cache, slots, layout=layout, block_size=block_size)
     if layout.name == "v32_fp8":
-        start = slots // block_size * cache.stride(0) + slots % block_size * layout.row_bytes
-        field = torch.arange(4 * layout.num_tiles, device=DEVICE) + layout.d_nope
-        at = (start[:, None] + field).long()
-        flat = cache.as_strided((int(at.max()) + 1,), (1,))
-        scale = flat[at].view(torch.float32) * (1 + torch.rand(1).item())
-        flat[at] = scale.view(torch.uint8)
+        stretch_scales(cache, slots, layout, block_size)
+
+
+def stretch_scales(cache: Tensor, slots: Tensor, layout: KVLayout, block_size: int) -> None:
+    """Make the scales of V3.2 tokens what other writers store, which are no powers of two."""
+    start = slots // block_size * cache.stride(0) + slots % block_size * layout.row_bytes
+    field = torch.arange(4 * layout.num_tiles, device=cache.device) + layout.d_nope
+    at = (start[:, None] + field).long()
+    flat = cache.as_strided((int(at.max()) + 1,), (1,))
+    scale = flat[at].view(torch.float32) * (1 + torch.rand(1).item())
+    flat[at] = scale.view(torch.uint8)
 
 
 def with_slack(x: Tensor) -> Tensor:

@@ -99,6 +99,27 @@ def test_a_flat_batch_is_one_query_per_request() -> None:
     assert torch.equal(got_lse, lse.squeeze(1))
 
 
+def test_requests_with_different_numbers_of_queries_are_one_flat_batch() -> None:
+    """Each token is a row with the list and the length of its own."""
+    one = make_arguments(Shape(layout=LAYOUT, b=1, s_q=3, topk=8))
+    two = make_arguments(Shape(layout=LAYOUT, b=1, s_q=1, topk=8))
+    two = one | {name: two[name] for name in ("q", "topk_indices")}  # another request's queries
+    two["topk_indices"] = one["topk_indices"][:, 1:2].flip(-1)
+    lengths = [6, 6, 6, 8]
+    flat = one | {name: torch.cat([one[name][0], two[name][0]]) for name in ("q", "topk_indices")}
+    flat["topk_length"] = torch.tensor(lengths, dtype=torch.int32, device=one["q"].device)
+    out, lse = sparse_decode(**flat, backend=TESTED)
+    row = 0
+    for request in (one, two):
+        for j in range(request["q"].shape[1]):
+            alone = request | {name: request[name][:, j : j + 1] for name in ("q", "topk_indices")}
+            alone["topk_length"] = flat["topk_length"][row : row + 1]
+            want, want_lse = sparse_decode(**alone, backend=TESTED)
+            assert_near(out[row], want[0, 0], 1e-6)
+            assert_near(lse[row], want_lse[0, 0], 1e-6)
+            row += 1
+
+
 def test_a_selected_nan_comes_out() -> None:
     arguments = make_arguments(Shape(layout=LAYOUT, b=2, topk=6))
     unused = set(range(15)) - set(arguments["topk_indices"].flatten().tolist())

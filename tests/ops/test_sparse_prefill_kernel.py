@@ -83,6 +83,15 @@ def test_random_calls_of_the_models_widths_are_right(first: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dims", [MODEL1, V32])
+def test_every_number_of_heads(dims: tuple[int, int]) -> None:
+    for h in range(1, 131):
+        shape = Shape(t=3, h=h, s=90, topk=70, d=dims[0], value_dim=dims[1])
+        arguments = make_arguments(shape)
+        assert_right(run(arguments), arguments)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("dims", [MODEL1, V32, SMALL])
 def test_other_types(dims: tuple[int, int], dtype: torch.dtype) -> None:

@@ -243,12 +243,13 @@ def _without_padding(main: _Scope, extra: _Scope, b: int, s_q: int) -> tuple[_Sc
     """
     assert main.slots is not None
     lengths = torch.empty(2, b * s_q, dtype=torch.int32, device=main.slots.device)
+    constants: dict[str, Any] = {"BLOCK": _LIST_BLOCK}
     with torch.cuda.device_of(lengths):
         _sparse_list_lengths_kernel[(b * s_q,)](
             lengths, main.slots, main.length, extra.slots, extra.length,
             b * s_q, s_q, main.topk, extra.topk, *main.slot_strides, *extra.slot_strides,
-            main.addressing[-1], extra.addressing[-1], BLOCK=_LIST_BLOCK,
-            **launch_options(_LIST_WARPS, 1),
+            main.addressing[-1], extra.addressing[-1],
+            **constants, **launch_options(_LIST_WARPS, 1),
         )  # fmt: skip
     extra_length = None if extra.slots is None else lengths[1]
     return replace(main, length=lengths[0]), replace(extra, length=extra_length)
@@ -309,7 +310,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         kernel = _sparse_list_lengths_kernel
         cases.append(_case(f"{name} list lengths", kernel, lengths, options, has_all))
         kernel, options = _flash_fwd_mla_combine_kernel, launch_options(_COMBINE_WARPS, 1)
-        combine = _combine_constants(value_dim, config.block_n)
+        block_n = choose_config(target, 128, torch.bfloat16, layout).block_n
+        combine = _combine_constants(value_dim, block_n)
         cases.append(_case(f"{name} combine", kernel, combine, options, has_all))
     return cases
 
