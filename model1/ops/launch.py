@@ -21,7 +21,9 @@ def device_target(device: torch.device) -> KernelTarget:
     return KernelTarget("cuda", 10 * properties.major + properties.minor)
 
 
-# Of a row that serves as key and value; the most that a MODEL1 row of 64 rotary channels has.
+# Channels of a row that serves as key and value: of the models' widest, and the most that a MODEL1
+# row with 64 rotary ones has.
+USUAL_CHANNELS = 576
 _MAX_CHANNELS = 1088
 
 

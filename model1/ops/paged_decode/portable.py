@@ -17,7 +17,13 @@ from torch import Tensor
 from model1.ops.channel_pieces import channel_pieces
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
-from model1.ops.launch import device_target, launch_options, max_channels, num_sms
+from model1.ops.launch import (
+    USUAL_CHANNELS,
+    device_target,
+    launch_options,
+    max_channels,
+    num_sms,
+)
 from model1.ops.paged_decode.portable_combine import _flash_fwd_mla_combine_kernel
 from model1.ops.paged_decode.portable_kernel import _flash_fwd_splitkv_mla_kernel
 from model1.ops.paged_decode.portable_sizes import (
@@ -297,7 +303,7 @@ def _main_case(
         constexprs=_main_constants(problem, config, form, target) | strides | absent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        may_spill=problem.causal and config.block_m == 32,
+        may_spill=(problem.causal and config.block_m == 32) or problem.d > USUAL_CHANNELS,
     )
 
 

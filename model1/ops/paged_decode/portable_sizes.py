@@ -10,9 +10,8 @@ import torch
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
-from model1.ops.launch import max_channels
+from model1.ops.launch import USUAL_CHANNELS, max_channels
 
-_USUAL_CHANNELS = 576  # of the models' rows
 _MAX_BALANCED_REQUESTS = 4096  # every program adds up the lengths of all requests
 
 
@@ -74,7 +73,8 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
     if problem.d > (most := max_channels(target, problem.dtype)):
         got = problem.d
         raise BackendUnavailable(f"paged_decode/triton takes {most} channels here, got {got}")
-    if problem.d > _USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
+    if problem.d > USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
+        # right, not fast: no model has such rows; on sm_80 up to 128 bytes are spilled
         return Config(block_m=16, block_n=16, num_warps=8, num_stages=1)
     # a choice that followed the batch's longest query would change the bits of its mates
     rows = problem.group * (1 if problem.deterministic else problem.s_q)

@@ -19,7 +19,13 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache import KVLayout
-from model1.ops.launch import device_target, launch_options, max_channels, num_sms
+from model1.ops.launch import (
+    USUAL_CHANNELS,
+    device_target,
+    launch_options,
+    max_channels,
+    num_sms,
+)
 from model1.ops.sparse_decode.portable_kernel import (
     _flash_fwd_mla_combine_kernel,
     _flash_fwd_splitkv_mla_fp8_sparse_kernel,
@@ -28,7 +34,6 @@ from model1.ops.sparse_decode.portable_kernel import (
 from model1.ops.sparse_decode.portable_row import UNIT_BYTES, RowFormat
 
 _CHANNEL_STEP = 16  # the shortest inner axis of a matrix product
-_USUAL_CHANNELS = 576  # of the models' rows
 # A split's length that depends on no batch, long enough that most rows are not split.
 _DETERMINISTIC_KEYS = 1024
 # The costs, in tiles, of starting and finishing a program and of the second launch. Guesses.
@@ -93,7 +98,7 @@ def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLa
     split_scores, and for rows that need no conversion, two are enough.
     """
     stored = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(layout.name, dtype)
-    if layout.d > _USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
+    if layout.d > USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
         return Config(block_h=16, block_n=16, num_warps=8, num_stages=1)
     if dtype == torch.float32 or stored != dtype:  # right, not fast: no model runs so
         return Config(block_h=16, block_n=16, num_warps=4, num_stages=1)
@@ -296,7 +301,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     ):  # fmt: skip
         has_all, name = layout.name == "model1_fp8", f"{layout.name} {layout.d}"
         value_dim = max(512, layout.d) if has_all else 512
-        for h in (16, 32, 128) if layout.d <= _USUAL_CHANNELS else (128,):
+        for h in (16, 32, 128) if layout.d <= USUAL_CHANNELS else (128,):
             config = choose_config(target, h, torch.bfloat16, layout)
             # contiguous queries: the launcher sees that their strides are multiples of 16
             strides = {"stride_q_b": h * layout.d, "stride_q_s": h * layout.d}
