@@ -193,6 +193,33 @@ def test_deterministic_rows_do_not_know_their_mates(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [None, MODEL1, V32], ids=lambda x: x.name if x else "plain")
+def test_deterministic_rows_do_not_know_mates_with_more_queries(
+    layout: KVLayout | None, device: str
+) -> None:
+    """Ragged queries: the mates' number decides how many tiles of rows a request may have."""
+    lengths, config = ([37, 0, 5], BALANCED[0]) if device == "cpu" else ([9000, 0, 300], None)
+    if layout and device == "cpu":
+        layout = KVLayout(layout.name, layout.tile, 16)
+    options: dict[str, Any] = {"layout": layout, "d": layout.d} if layout else {}
+    options |= {"value_dim": layout.d_nope} if layout else {}
+    for h in (2,) if device == "cpu" else (16, 128):
+        shape = _shape(device, h=h, causal=True, has_sink=True, **options)
+        case = random_case(shape, lengths, [2, 9, 1], 0, ragged=True)
+        want = run(case, device, config, deterministic=True)
+        check(case, want, str(shape))
+        arguments = case.arguments(device)
+        for i, rows in ((0, case.query_rows[0]), (2, case.query_rows[2])):
+            n = rows.stop - rows.start
+            alone = {name: arguments[name][i : i + 1] for name in ("block_table", "cache_seqlens")}
+            alone |= {"q": arguments["q"][rows], "max_seqlen_q": n}
+            alone["cu_seqlens_q"] = torch.tensor([0, n], dtype=torch.int32, device=device)
+            got = run(case, device, config, deterministic=True, **alone)
+            for one, whole in zip(got, want, strict=True):
+                assert torch.equal(one, whole[rows])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_does_not_know_the_lengths_of_its_mates(device: str) -> None:
     case = random_case(_shape(device), [40, 33, 7], [1, 1, 1], 0)
     config = BALANCED[0] if device == "cpu" else None
