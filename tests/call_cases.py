@@ -107,7 +107,7 @@ def _angles(t: int, d_rope: int) -> dict[str, Tensor]:
 
 
 def _sparse_decode(seed: int, *, deterministic: bool = False) -> Call:
-    """Rows are split over programs if there are as few of them as here; deterministic, by length."""
+    """Rows so few are split over programs; deterministic ones by their length alone."""
     _seed(seed)
     extra_topk = 1500 if deterministic else 256  # with the others more keys than a fixed split has
     shape = sparse_decode_cases.Shape(
