@@ -15,7 +15,6 @@ from sparse_decode_cases import (
     DTYPE,
     Shape,
     assert_right,
-    check_batch_invariance,
     check_random_case,
     make_arguments,
     pick,
@@ -106,20 +105,6 @@ def test_any_block_size(block_size: int) -> None:
     shape = Shape(layout=SMALL, b=1, topk=70, block_size=block_size, extra_topk=30)
     shape = replace(shape, extra_block_size=257 - block_size)
     arguments = make_arguments(shape)
-    assert_right(run(arguments), arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "d_nope", "d_rope"),
-    [
-        ("model1_fp8", 64, 32), ("model1_fp8", 320, 0), ("model1_fp8", 576, 64),
-        ("model1_fp8", 960, 32), ("model1_fp8", 1024, 64), ("v32_fp8", 640, 0), ("bf16", 832, 64),
-    ],
-)  # fmt: skip
-def test_any_split_of_the_latent(name: Any, d_nope: int, d_rope: int) -> None:
-    layout = KVLayout(name, d_nope, d_rope)
-    shape = Shape(layout=layout, h=17, s_q=2, b=1, topk=18, extra_topk=5, has_sink=True)
-    arguments = make_arguments(replace(shape, value_dim=d_nope))
     assert_right(run(arguments), arguments)
 
 
@@ -234,33 +219,6 @@ def test_deterministic_rows_do_not_depend_on_their_batch_mates(
         alone, alone_lse = run(pick(arguments, [i]), deterministic=True)
         assert torch.equal(alone[0], out[i])
         assert torch.equal(alone_lse[0], lse[i])
-
-
-@pytest.mark.parametrize(("extra_topk", "has_length"), [(27, False), (0, False), (27, True)])
-def test_deterministic_rows_know_neither_mates_nor_padding(
-    extra_topk: int, has_length: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scale = 1
-    if DEVICE == "cpu":  # where tiles are narrow and slow
-        monkeypatch.setattr(portable, "_DETERMINISTIC_KEYS", 32)
-        monkeypatch.setattr(portable, "_LIST_BLOCK", 32)
-    else:
-        scale = 26
-    shape = Shape(
-        layout=SMALL, b=4, s_q=2, h=1, topk=30 * scale, extra_topk=extra_topk * scale,
-        has_length=has_length, has_sink=True,
-    )  # fmt: skip
-    check_batch_invariance(make_arguments(shape), lambda call: run(call, deterministic=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("h", [16, 64, 128])
-@pytest.mark.parametrize("layout", [MODEL1, V32, KVLayout("bf16", 512, 64)])
-def test_deterministic_rows_of_the_models_widths(layout: KVLayout, h: int) -> None:
-    shape = Shape(layout=layout, b=4, s_q=2, h=h, topk=2048, block_size=64, extra_topk=1500)
-    for has_length in (False, True):
-        arguments = make_arguments(replace(shape, has_length=has_length, has_sink=True))
-        check_batch_invariance(arguments, lambda call: run(call, deterministic=True))
 
 
 def test_cutting_the_work_otherwise_gives_the_same() -> None:

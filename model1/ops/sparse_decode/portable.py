@@ -264,7 +264,7 @@ def _constants(
     layout: KVLayout, value_dim: int, config: Config, target: KernelTarget
 ) -> dict[str, Any]:
     return {
-        "ROW": RowFormat.of(layout),
+        "ROW": RowFormat.of(layout, config.block_n),
         "VALUE_DIM": value_dim,
         "BLOCK_H": config.block_h,
         "BLOCK_N": config.block_n,
