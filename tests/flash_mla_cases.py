@@ -162,16 +162,21 @@ def check_sparse_decode(
 def check_dense_decode(
     lengths: list[int], s_q: int, h: int, hkv: int, page: int, causal: bool, *, dv: int = DV,
     q_dtype: torch.dtype = torch.bfloat16, layout: KVLayout | None = None, device: str = "cpu",
+    d: int = 576, holder: flash_mla.FlashMLASchedMeta | None = None,
 ) -> None:  # fmt: skip
-    """Run `flash_mla_with_kvcache` with a block table and compare; the default softmax scale."""
-    b, d = len(lengths), 576 if layout is None else layout.d
+    """Run `flash_mla_with_kvcache` with a block table and compare; the default softmax scale.
+
+    d: of plain keys.
+    """
+    b, d = len(lengths), d if layout is None else layout.d
     kv = (torch.randn(b, max(lengths), hkv, d, dtype=torch.float32) / 4).clamp(-1, 1)
     q = torch.randn(b, s_q, h, d, dtype=torch.float32).to(device, q_dtype)
     k_cache, table, kv = fill_pages(kv.to(q_dtype), lengths, page, layout, device)
     out, lse = flash_mla.flash_mla_with_kvcache(
         with_slack(q), k_cache, with_slack(table),
         torch.tensor(lengths, dtype=torch.int32, device=device), dv,
-        *flash_mla.get_mla_metadata(), causal=causal, is_fp8_kvcache=layout is not None,
+        holder or flash_mla.get_mla_metadata()[0], None, causal=causal,
+        is_fp8_kvcache=layout is not None,
     )  # fmt: skip
     assert out.shape == (b, s_q, h, dv)
     assert out.dtype == q_dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -57,6 +57,25 @@ class Case:
             "softmax_scale": self.softmax_scale,
             "causal": self.causal,
         }
+
+
+def check_batch_invariance(case: Case, run: Callable[[Case], dict[str, Tensor]]) -> None:
+    """Results and gradients of a request have the same bits alone, reordered, with other mates.
+
+    run: the five tensors by NAMES. The last mate is longer than all requests of the case.
+    """
+    q_rows, k_rows = (torch.arange(sum(x)).split(x) for x in (case.q_lengths, case.k_lengths))
+    want, b, long = run(case), len(case.q_lengths), 50
+    for order in (list(range(b))[::-1], [b - 1], [0, 0, *range(b)]):
+        q_at, k_at = (torch.cat([x[i] for i in order]) for x in (q_rows, k_rows))
+        rows = (q_at, k_at, k_at, q_at)
+        tensors = [x[at] for x, at in zip((case.q, case.k, case.v, case.d_out), rows, strict=True)]
+        tensors = [torch.cat([x, torch.ones_like(x[:1]).repeat(long, 1, 1)]) for x in tensors]
+        lengths = [[*(x[i] for i in order), long] for x in (case.q_lengths, case.k_lengths)]
+        got = run(Case(*tensors, *lengths, case.softmax_scale, case.causal))
+        for name in NAMES:
+            at = k_at if name in ("dk", "dv") else q_at
+            assert torch.equal(got[name][: len(at)], want[name][at]), name
 
 
 def random_case(

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+from sparse_decode_cases import stretch_scales
 from torch import Tensor
 
 from model1.ops.kv_cache import (
@@ -129,6 +130,8 @@ def _filled_cache(
     options = {"layout": layout, "block_size": size, "backend": "ref"}
     for slot in slots:
         quantize_and_store(torch.randn(len(slot), layout.d), cache, slot, **options)
+        if layout.name == "v32_fp8" and len(slot):
+            stretch_scales(cache, slot, layout, size)
     gathered = [gather_and_dequantize(cache, s, dtype=shape.dtype, **options) for s in slots]
     return cache, [keys[:, None] for keys in gathered]
 

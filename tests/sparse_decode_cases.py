@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,12 +97,17 @@ def store(cache: Tensor, slots: Tensor, layout: KVLayout, block_size: int) -> No
     kv = (torch.randn(len(slots), layout.d) / 2).to(DEVICE)
     quantize_and_store_ref(kv, cache, slots, layout=layout, block_size=block_size)
     if layout.name == "v32_fp8":
-        start = slots // block_size * cache.stride(0) + slots % block_size * layout.row_bytes
-        field = torch.arange(4 * layout.num_tiles, device=DEVICE) + layout.d_nope
-        at = (start[:, None] + field).long()
-        flat = cache.as_strided((int(at.max()) + 1,), (1,))
-        scale = flat[at].view(torch.float32) * (1 + torch.rand(1).item())
-        flat[at] = scale.view(torch.uint8)
+        stretch_scales(cache, slots, layout, block_size)
+
+
+def stretch_scales(cache: Tensor, slots: Tensor, layout: KVLayout, block_size: int) -> None:
+    """Make the scales of V3.2 tokens what other writers store, which are no powers of two."""
+    start = slots // block_size * cache.stride(0) + slots % block_size * layout.row_bytes
+    field = torch.arange(4 * layout.num_tiles, device=cache.device) + layout.d_nope
+    at = (start[:, None] + field).long()
+    flat = cache.as_strided((int(at.max()) + 1,), (1,))
+    scale = flat[at].view(torch.float32) * (1 + torch.rand(1).item())
+    flat[at] = scale.view(torch.uint8)
 
 
 def with_slack(x: Tensor) -> Tensor:
@@ -164,6 +170,45 @@ def run(arguments: dict[str, Any], split_tiles: int | None = None, **options: An
     config = choose_config(device_target(q.device), q.shape[2], q.dtype, arguments["layout"])
     config = replace(config, split_tiles=split_tiles)
     return sparse_decode_triton(**arguments, deterministic=False, config=config)
+
+
+def pick(arguments: dict[str, Any], requests: list[int]) -> dict[str, Any]:
+    """The call of some of the requests."""
+    per_request = ("q", "topk_indices", "topk_length", "extra_topk_indices", "extra_topk_length")
+    picked = {n: arguments[n] for n in per_request if arguments[n] is not None}
+    return arguments | {n: x[requests].clone() for n, x in picked.items()}
+
+
+def padded(arguments: dict[str, Any], more: int, extra_more: int) -> dict[str, Any]:
+    """The call with longer lists, whose new entries are no slots."""
+    call = dict(arguments)
+    for name, n in (("topk_indices", more), ("extra_topk_indices", extra_more)):
+        slots = arguments[name]
+        if slots is not None:
+            ignored = torch.tensor([-1, *GARBAGE_SLOTS], device=DEVICE).int()
+            tail = ignored[torch.randint(len(ignored), (*slots.shape[:2], n))]
+            call[name] = torch.cat([slots, tail], -1)
+    return call
+
+
+def check_batch_invariance(
+    arguments: dict[str, Any], run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
+) -> None:
+    """A row has the same bits with other mates, in another order, in longer lists.
+
+    The first row ends early, so that most of its list is padding already.
+    """
+    arguments["topk_indices"][0, 0, 3:] = -1
+    want = run(arguments)
+    assert_right(want, arguments)
+    many = 1500 if DEVICE == "cuda" else 60  # as many as a split has keys, and more
+    calls = [
+        (order, padded(pick(arguments, order), *more))
+        for order, more in (([3, 0, 2, 1], (0, 0)), ([2, 0], (1, 70)), ([0, 1, 1], (many, 0)))
+    ]
+    for order, call in calls:
+        for got, whole in zip(run(call), want, strict=True):
+            assert torch.equal(got, whole[order]), f"{order}, {call['topk_indices'].shape}"
 
 
 def check_random_case(

@@ -64,6 +64,46 @@ def make_arguments(shape: Shape, *, dtype: torch.dtype = DTYPE) -> dict[str, Any
     }  # fmt: skip
 
 
+def with_gradients(arguments: dict[str, Any], **options: Any) -> list[Tensor]:
+    """out, max_logits, lse and the gradients of q, kv and the sink, if there is one."""
+    names = ["q", "kv"] + ["attn_sink"] * (arguments["attn_sink"] is not None)
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+    results = sparse_prefill(**arguments | leaves | options)
+    # equal rows get equal gradients, whatever their place
+    dout = torch.linspace(-1, 1, results.out[0].numel()).view(results.out[0].shape)
+    dout = dout.to(results.out).expand_as(results.out)
+    return [*results, *torch.autograd.grad(results.out, list(leaves.values()), dout)]
+
+
+def check_empty_lists(arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """Without a key: zeros, -inf, empty_lse, and gradients of zero, though kv is NaN."""
+    out, max_logits, lse, *gradients = with_gradients(arguments, **options)
+    assert out.shape == (*arguments["q"].shape[:2], arguments["value_dim"])
+    assert not out.any()
+    assert (max_logits == -math.inf).all()
+    assert (lse == arguments["empty_lse"]).all()
+    assert len(gradients) == 3
+    assert not any(x.any() for x in gradients)
+
+
+def check_batch_invariance(arguments: dict[str, Any], **options: Any) -> None:
+    """A row and the gradient of its query have the same bits with other mates and more padding."""
+    t = len(arguments["q"])
+    options |= {"deterministic": True}
+    arguments["topk_indices"][0, 3:] = -1
+    want = with_gradients(arguments, **options)
+    for order, more in ((list(range(t))[::-1], 0), ([2, 0, 0], 1), ([1], 100)):
+        names = ("q", "topk_indices", "topk_length")
+        call = arguments | {
+            name: arguments[name][order] for name in names if arguments[name] is not None
+        }
+        tail = torch.tensor(INVALID).int()[torch.randint(len(INVALID), (len(order), more))]
+        index = call["topk_indices"]
+        call["topk_indices"] = torch.cat([index, tail.to(index.device)], 1)
+        for x, y in zip(with_gradients(call, **options)[:4], want[:4], strict=True):
+            assert torch.equal(x, y[order])
+
+
 def valid_entries(index: Tensor, length: Tensor | None, s: int) -> Tensor:
     is_valid = (index >= 0) & (index < s)
     if length is not None:

@@ -140,6 +140,26 @@ def test_a_single_block_may_have_any_stride() -> None:
     check_sparse_decode(main, None, 2, DV)
 
 
+def test_a_holder_of_dense_decode_serves_calls_with_other_lengths() -> None:
+    holder, _ = flash_mla.get_mla_metadata()
+    for lengths in ([20, 0], [1, 20], [7, 20]):
+        check_dense_decode(lengths, 1, 3, 1, 16, False, holder=holder)
+    assert holder.have_initialized
+    with pytest.raises(AssertionError, match="the metadata was made for h_q = 3, got 5"):
+        check_dense_decode([20, 0], 1, 5, 1, 16, False, holder=holder)
+
+
+@pytest.mark.parametrize("h", [129, 200])
+def test_more_heads_than_flash_mla_takes(h: int) -> None:
+    check_sparse_decode(make_scope(MODEL1, [5], 1, 5, 64), None, h, DV)
+    check_dense_decode([5], 1, h, 1, 64, False)
+    check_sparse_fwd(2, 40, h, 5)
+
+
+def test_dense_decode_of_512_channels_which_ends_flash_mlas_process() -> None:
+    check_dense_decode([20, 0, 7], 2, 3, 1, 64, True, d=512)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("s_q", "h", "hkv", "page"), [(1, 1, 1, 64), (2, 9, 3, 64), (4, 6, 2, 64), (2, 126, 1, 5)]
@@ -263,6 +283,7 @@ def test_contradictions_are_assertion_errors(
         (packed_call, {"k_cache": PLAIN.half(), "is_fp8_kvcache": False}, "no cache layout"),
         (packed_call, {"indices": SLOTS.long()}, "int32"),
         (packed_call, {"indices": SLOTS[:1]}, r"must be \[2, 1, topk\]"),
+        (packed_call, {"indices": SLOTS[..., :0]}, r"indices must have topk > 0, got \[2, 1, 0\]"),
         (packed_call, {"attn_sink": torch.zeros(3).bfloat16()}, "attn_sink must be"),
         (packed_call, {"topk_length": LENGTHS[:1]}, "topk_length"),
         (packed_call, {"extra_topk_length": LENGTHS}, "extra"),
@@ -327,6 +348,7 @@ def test_sparse_fwd_refuses_with_runtime_errors() -> None:
         (q, kv[:, 0], indices),
         (q, kv, indices[:, 0]),
         (q, kv, indices.long()),
+        (q, kv, indices[..., :0]),
         (q, kv[..., :448], indices),
     ):
         with pytest.raises(RuntimeError):

@@ -5,6 +5,8 @@ A port to another accelerator starts like this and replaces entry after entry wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,24 @@ from model1.ops.mha_prefill.ref import mha_prefill_backward_ref, mha_prefill_ref
 from model1.ops.paged_decode.ref import paged_decode_ref
 from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
 from model1.ops.selector.ref import lightning_topk_ref, lowrank_topk_ref
+from model1.ops.sparse_decode.ref import sparse_decode_ref
 from model1.ops.sparse_prefill.ref import sparse_prefill_backward_ref, sparse_prefill_ref
 
 
 def sparse_decode(
+    q: Tensor, kv_cache: Tensor, topk_indices: Tensor, *, deterministic: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`model1.ops.sparse_decode`; its arguments are checked.
+
+    A sum over a whole batch may round otherwise than one over a row: what must not depend on the
+    batch is left to the reference.
+    """
+    if deterministic:
+        return sparse_decode_ref(q, kv_cache, topk_indices, deterministic=True, **options)
+    return _whole_batch(q, kv_cache, topk_indices, **options)
+
+
+def _whole_batch(
     q: Tensor,
     kv_cache: Tensor,
     topk_indices: Tensor,
@@ -40,15 +56,15 @@ def sparse_decode(
     value_dim: int,
     softmax_scale: float,
     empty_lse: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`model1.ops.sparse_decode` for the whole batch at once; its arguments are checked."""
+    """One product for all rows. What is no slot of its cache counts for nothing."""
     scopes = [(kv_cache, topk_indices, topk_length, block_size)]
     if extra_kv_cache is not None and extra_topk_indices is not None:
         extra = (extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
         scopes.append(extra)
     keys, counts = [], []
     for cache, slots, length, size in scopes:
+        slots = slots.masked_fill((slots < 0) | (slots >= len(cache) * size), -1)
         if length is not None:
             position = torch.arange(slots.shape[-1], device=slots.device)
             slots = slots.masked_fill(position >= length[:, None, None], -1)

@@ -4,7 +4,9 @@ Signatures, defaults, results and error classes are those of FlashMLA
 (<https://github.com/deepseek-ai/FlashMLA>): `AssertionError` for what it asserts, `RuntimeError`
 for tensors that it refuses. Beyond it: any number of heads, page size and top-k, other splits of
 the latent, FP8 caches in dense and bf16 caches in sparse decode, any device. Nothing is computed
-ahead of a call, so lengths may change between calls with one holder, also in a CUDA graph.
+ahead of a call, so lengths may change between calls with one holder, also in a CUDA graph. All of
+them trace into one graph of `torch.compile`, a holder of the graph's own or from outside included;
+what they refuse is there raised by the compiler, with the same words.
 """
 
 from model1.flash_mla.flash_mla_interface import FlashMLASchedMeta as FlashMLASchedMeta

@@ -37,7 +37,12 @@ def byte_cache(name: str, k_cache: Tensor, d: int) -> ByteCache:
     num_blocks, block_size, h_k, width = k_cache.shape
     if h_k != 1:
         raise ValueError(f"{name} must have one head, got {h_k}")
-    layout = _fp8_layout(width, d) if is_packed(k_cache) else _plain_layout(k_cache.dtype, width, d)
+    if not is_packed(k_cache):
+        layout = _plain_layout(k_cache.dtype, width, d)
+    elif torch.compiler.is_compiling():  # a graph is traced once, and through no cache
+        layout = _fp8_layout(width, d)
+    else:
+        layout = _known_fp8_layout(width, d)
     if layout is None:
         raise ValueError(f"no cache layout has {d} channels in {width} elements of {k_cache.dtype}")
     if k_cache.stride(3) != 1 or (block_size > 1 and k_cache.stride(1) != width):
@@ -56,7 +61,6 @@ def _plain_layout(dtype: torch.dtype, width: int, d: int) -> KVLayout | None:
     return KVLayout("bf16" if dtype == torch.bfloat16 else "fp32", d - d_rope, d_rope)
 
 
-@functools.cache
 def _fp8_layout(token_bytes: int, d: int) -> KVLayout | None:
     """The one split of d channels in which a token takes so many bytes.
 
@@ -72,3 +76,6 @@ def _fp8_layout(token_bytes: int, d: int) -> KVLayout | None:
             if layout.bytes_per_token == token_bytes:
                 return layout
     return None
+
+
+_known_fp8_layout = functools.cache(_fp8_layout)

@@ -12,6 +12,7 @@ from model1.flash_mla.metadata import (
     SchedConfig,
     refusals_as_runtime_errors,
     require,
+    require_entries,
 )
 from model1.ops.paged_decode import paged_decode
 from model1.ops.sparse_decode import sparse_decode
@@ -141,6 +142,7 @@ def _sparse(
 ) -> tuple[Tensor, Tensor]:
     """`main` and `extra`: cache, slots and lengths."""
     k_cache, indices, topk_length = main
+    require_entries("indices", indices)
     if is_fp8_kvcache and not is_packed(k_cache):
         raise ValueError(f"is_fp8_kvcache is for packed tokens, k_cache is {k_cache.dtype}")
     d = q.shape[-1]

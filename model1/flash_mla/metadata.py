@@ -65,6 +65,12 @@ def require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def require_entries(name: str, indices: Tensor) -> None:
+    """Raise ValueError for lists without room, which FlashMLA refuses; our operators take them."""
+    if indices.shape[-1] == 0:
+        raise ValueError(f"{name} must have topk > 0, got {list(indices.shape)}")
+
+
 @contextmanager
 def refusals_as_runtime_errors() -> Iterator[None]:
     """What our operators refuse with ValueError, FlashMLA refuses with RuntimeError."""

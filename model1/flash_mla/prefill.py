@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from model1.flash_mla.metadata import refusals_as_runtime_errors
+from model1.flash_mla.metadata import refusals_as_runtime_errors, require_entries
 from model1.ops.sparse_prefill import sparse_prefill
 
 
@@ -35,6 +35,7 @@ def flash_mla_sparse_fwd(
         for name, tensor in (("kv", kv), ("indices", indices)):
             if tensor.dim() != 3 or tensor.shape[1] != 1:
                 raise ValueError(f"{name} must be [rows, 1, width], got {list(tensor.shape)}")
+        require_entries("indices", indices)
         return sparse_prefill(
             q, kv.squeeze(1), indices.squeeze(1),
             value_dim=d_v, softmax_scale=sm_scale, topk_length=topk_length,

@@ -21,6 +21,23 @@ def device_target(device: torch.device) -> KernelTarget:
     return KernelTarget("cuda", 10 * properties.major + properties.minor)
 
 
+# Channels of a row that serves as key and value: of the models' widest, and the most that a MODEL1
+# row with 64 rotary ones has.
+USUAL_CHANNELS = 576
+_MAX_CHANNELS = 1088
+
+
+def max_channels(target: KernelTarget, dtype: torch.dtype) -> int:
+    """The widest row of a decode kernel whose smallest tile, 16 heads by 16 keys, fits a GPU.
+
+    It takes 96 bytes of shared memory a channel, with queries in fp32 129: on GPUs with 99 KB that
+    is 1024 and 768 channels. On AMD it lies in registers.
+    """
+    if target.kind == "hip" or target.arch in (80, 90, 100):
+        return _MAX_CHANNELS
+    return 768 if dtype == torch.float32 else 1024
+
+
 @functools.cache
 def num_sms(device: torch.device) -> int:
     """SMs (compute units on AMD) of a GPU; 1 for the interpreter."""

@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from line_budget import ROOT, is_triton_file, python_files
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
-from model1.ops.compile_cases import CompileCase
+from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.ops.launch import max_channels
 from model1.testing.compile import (
     MODULES,
     TARGETS,
@@ -209,3 +211,11 @@ def test_misuse_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET must not be set"):
         main(["--target", "sm_90"])
+
+
+def test_the_widest_rows_follow_from_shared_memory() -> None:
+    for arch, widest, widest_fp32 in ((80, 1088, 1088), (89, 1024, 768), (90, 1088, 1088)):
+        target = KernelTarget("cuda", arch)
+        assert max_channels(target, torch.bfloat16) == widest
+        assert max_channels(target, torch.float32) == widest_fp32
+    assert max_channels(KernelTarget("hip", "gfx942"), torch.float32) == 1088

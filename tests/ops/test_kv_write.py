@@ -243,6 +243,27 @@ def test_without_the_latent_only_the_cache_is_written(backend: str, device: str)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_outside_the_cache_are_not_written(backend: str, device: str) -> None:
+    """A GPU and a compiled graph do not look at slots before they run."""
+    arguments = _small(device) | {"backend": backend}
+    latent = norm_rope_store(**arguments)
+    buffer = torch.zeros_like(arguments["kv_cache"]).repeat(2, 1)
+    cos, sin = arguments["rotation"]
+    name = NORM_ROPE_STORE.resolve(backend, cos.device)
+    for wrong in (12, 13, 23, 2**31, 2**40, -2, -(2**31), -(2**63)):
+        slots = arguments["slot_mapping"].clone()
+        slots[1] = wrong
+        got = torch.ops.model1.norm_rope_store(
+            arguments["kv"], arguments["norm_weight"], cos, sin, buffer[:3], slots,
+            "model1_fp8", 64, 32, 4, 1e-6, 96, True, name,
+        )  # fmt: skip
+        assert torch.equal(got, latent)
+        assert torch.equal(buffer[:3], arguments["kv_cache"])
+        assert not buffer[3:].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens_and_one(backend: str, device: str) -> None:
     arguments = _small(device, t=0) | {"backend": backend}
     assert norm_rope_store(**arguments).shape == (0, 96)

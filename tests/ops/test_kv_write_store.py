@@ -156,6 +156,57 @@ def test_absent_slots_read_zero_and_write_nothing(device: str) -> None:
         assert torch.equal(rope, torch.zeros(3, layout.d_rope, device=device).bfloat16())
 
 
+def _hostile_slots(num_slots: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Two slots of a cache, and numbers just and far outside."""
+    limits = torch.iinfo(dtype)
+    outside = [num_slots, num_slots + 1, limits.max, -2, -num_slots, limits.min]
+    if dtype == torch.int64:
+        outside += [2**31, 2**32 + 1, 2**40, -(2**31) - 1, -(2**32)]
+    return torch.tensor([0, *outside, num_slots - 1], dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", ["ref", "triton"])
+def test_slots_outside_the_cache_stand_for_nothing(
+    backend: str, dtype: torch.dtype, device: str
+) -> None:
+    """What a GPU and a compiled graph run, neither of which looks at slots before."""
+    for layout in (LAYOUTS[0], LAYOUTS[3], LAYOUTS[6]):
+        fields = (layout.name, layout.d_nope, layout.d_rope, 4)
+        buffers = _buffers(layout, 3, 4, device)
+        cache, want = buffers[:, :2, 1, : layout.block_bytes(4)]  # a third block lies behind
+        slots = _hostile_slots(8, dtype, device)
+        kv = torch.randn(len(slots), layout.d).to(device)
+        torch.ops.model1.quantize_and_store(kv, cache, slots, *fields, backend)
+        inside = (slots >= 0) & (slots < 8)
+        options = {"layout": layout, "block_size": 4, "backend": "ref"}
+        quantize_and_store(kv[inside], want, slots[inside], **options)
+        assert torch.equal(*buffers)
+        for rope_only, gather in ((False, gather_and_dequantize), (True, gather_rope)):
+            read = (cache, slots, *fields, rope_only, torch.float32, backend)
+            got = torch.ops.model1.gather_and_dequantize(*read)
+            assert torch.equal(got[inside], gather(want, slots[inside], **options))
+            assert not got[~inside].any()
+        assert torch.equal(*buffers)
+
+
+def test_a_cpu_looks_at_slots_and_a_graph_does_not() -> None:
+    layout = KVLayout("model1_fp8", 64, 32)
+    cache = allocate_kv_cache(2, 4, layout, "cpu")
+    kv, slots = torch.ones(2, layout.d), torch.tensor([8, 3])
+
+    def step(kv: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+        quantize_and_store(kv, cache, slots, layout=layout, block_size=4)
+        return gather_and_dequantize(cache, slots, layout=layout, block_size=4)
+
+    with pytest.raises(ValueError, match="-1 or a slot below 8, got 8"):
+        step(kv, cache, slots)
+    assert not cache.any()
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(kv, cache, slots)
+    assert torch.equal(out, torch.stack([torch.zeros(layout.d), torch.ones(layout.d)]))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_slots_latents_and_blocks_may_be_strided(device: str) -> None:
     layout = KVLayout("model1_fp8", 64, 32)

@@ -74,6 +74,47 @@ def test_rows_do_not_know_order_and_number_of_their_mates() -> None:
         assert torch.equal(lightning_topk(**(call | rows), backend="triton"), want[order])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("h", [3, 17, 32, 128])
+def test_deterministic_rows_do_not_know_their_mates(h: int, backend: str) -> None:
+    """A mate with many queries, which changes the sizes of a launch, no mate, a wider table."""
+    big = DEVICE == "cuda"
+    sizes = (128, 5000, 64, 512) if big else (16, 40, 4, 30)
+    call = make_call((1, 1, 70 if big else 5), min(h, 128 if big else 17), *sizes)
+    call |= {"deterministic": True, "backend": backend}
+    want = lightning_topk(**call)
+    assert_right(want, call)
+    for order in ([1, 0], [1]):
+        rows = {name: call[name][order] for name in ("q", "weights", "block_table", "key_end")}
+        table = rows["block_table"]
+        wide = {
+            "block_table": torch.cat([table, table], 1),
+            "cu_seqlens_q": call["cu_seqlens_q"][: len(order) + 1],
+            "max_seqlen_q": 1,
+            "max_seqlen": 2 * call["max_seqlen"],
+        }
+        assert torch.equal(lightning_topk(**(call | rows | wide)), want[order])
+
+
+@pytest.mark.triton
+def test_deterministic_single_queries_get_the_sizes_of_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from model1.ops.selector import portable_lightning
+
+    singles, choose = [], portable_lightning.choose_config
+
+    def chosen(h: int, *, is_single: bool) -> Any:
+        singles.append(is_single)
+        return choose(h, is_single=is_single)
+
+    monkeypatch.setattr(portable_lightning, "choose_config", chosen)
+    for deterministic in (False, True):
+        call = make_call((1,), 2, 16, 9, 4, topk=3)
+        lightning_topk(**call, deterministic=deterministic, backend="triton")
+    assert singles == [True, False]
+
+
 @pytest.mark.gpu
 def test_keys_beyond_two_gibibytes() -> None:
     near = make_call((1, 3), 64, 128, 300, 64, topk=40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mha_prefill_cases import NAMES, Case, Shape, check, random_case
+from mha_prefill_cases import NAMES, Case, Shape, check, check_batch_invariance, random_case
 from oracles import assert_near, double_precision, naive_attention
 from torch import Tensor
 
@@ -111,6 +112,14 @@ def test_results_and_gradients_follow_the_formula(dtype: torch.dtype, causal: bo
     check(case, got, str(dtype))
     assert got["out"].dtype == got["dq"].dtype == dtype
     assert got["lse"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_requests_know_neither_order_nor_number_of_their_mates(dtype: torch.dtype) -> None:
+    shape = Shape(h=3, hkv=1, d=7, dv=5, dtype=dtype, causal=True)
+    case = random_case(shape, [5, 0, 9, 1], [9, 4, 5, 2], 0)
+    for deterministic in (False, True):
+        check_batch_invariance(case, functools.partial(results, deterministic=deterministic))
 
 
 def test_empty_batches() -> None:

@@ -13,6 +13,7 @@ from mha_prefill_cases import (
     Case,
     Shape,
     check,
+    check_batch_invariance,
     drawn_case,
     drawn_shape,
     random_case,
@@ -161,6 +162,11 @@ def test_a_batch_of_one_has_the_bits_of_the_batch(device: str) -> None:
     for name in NAMES:
         first = 24 if name in ("dk", "dv") else 17
         assert torch.equal(got[name], want[name][first:]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_requests_know_neither_order_nor_number_of_their_mates(device: str) -> None:
+    check_batch_invariance(_case(device), run)
 
 
 @pytest.mark.parametrize("device", DEVICES[:1])

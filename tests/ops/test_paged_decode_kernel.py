@@ -193,6 +193,33 @@ def test_deterministic_rows_do_not_know_their_mates(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [None, MODEL1, V32], ids=lambda x: x.name if x else "plain")
+def test_deterministic_rows_do_not_know_mates_with_more_queries(
+    layout: KVLayout | None, device: str
+) -> None:
+    """Ragged queries: the mates' number decides how many tiles of rows a request may have."""
+    lengths, config = ([37, 0, 5], BALANCED[0]) if device == "cpu" else ([9000, 0, 300], None)
+    if layout and device == "cpu":
+        layout = KVLayout(layout.name, layout.tile, 16)
+    options: dict[str, Any] = {"layout": layout, "d": layout.d} if layout else {}
+    options |= {"value_dim": layout.d_nope} if layout else {}
+    for h in (2,) if device == "cpu" else (16, 128):
+        shape = _shape(device, h=h, causal=True, has_sink=True, **options)
+        case = random_case(shape, lengths, [2, 9, 1], 0, ragged=True)
+        want = run(case, device, config, deterministic=True)
+        check(case, want, str(shape))
+        arguments = case.arguments(device)
+        for i, rows in ((0, case.query_rows[0]), (2, case.query_rows[2])):
+            n = rows.stop - rows.start
+            alone = {name: arguments[name][i : i + 1] for name in ("block_table", "cache_seqlens")}
+            alone |= {"q": arguments["q"][rows], "max_seqlen_q": n}
+            alone["cu_seqlens_q"] = torch.tensor([0, n], dtype=torch.int32, device=device)
+            got = run(case, device, config, deterministic=True, **alone)
+            for one, whole in zip(got, want, strict=True):
+                assert torch.equal(one, whole[rows])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_row_does_not_know_the_lengths_of_its_mates(device: str) -> None:
     case = random_case(_shape(device), [40, 33, 7], [1, 1, 1], 0)
     config = BALANCED[0] if device == "cpu" else None
@@ -223,6 +250,21 @@ def test_large_logits_do_not_overflow(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "d_nope", "d_rope"),
+    [
+        ("model1_fp8", 64, 32), ("model1_fp8", 320, 0), ("model1_fp8", 576, 64),
+        ("model1_fp8", 960, 32), ("model1_fp8", 1024, 64), ("v32_fp8", 640, 0), (None, 832, 64),
+    ],
+)  # fmt: skip
+def test_any_split_of_the_latent(name: Any, d_nope: int, d_rope: int, device: str) -> None:
+    layout, d = name and KVLayout(name, d_nope, d_rope), d_nope + d_rope
+    shape = _shape(device, h=17, d=d, value_dim=d_nope, layout=layout, causal=True, has_sink=True)
+    case = random_case(shape, [20, 0, 9], [2, 2, 2], 0)
+    check(case, run(case, device), str(shape))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_strides_are_free(device: str) -> None:
     case = random_case(_shape(device, hkv=1), [19, 3], [2, 2], 0)
     want = run(case, device, WHOLE)
@@ -249,8 +291,8 @@ def test_the_op_describes_itself_to_pytorch(device: str) -> None:
 
 @pytest.mark.any_device
 def test_more_channels_than_fit_are_refused() -> None:
-    case = random_case(Shape(h=1, d=600, value_dim=8, block_size=4), [3], [1], 0)
-    with pytest.raises(BackendUnavailable, match="takes 576 channels, got 600"):
+    case = random_case(Shape(h=1, d=1104, value_dim=8, block_size=4), [3], [1], 0)
+    with pytest.raises(BackendUnavailable, match="takes 1088 channels here, got 1104"):
         run(case, "cuda" if torch.cuda.is_available() else "cpu")
 
 

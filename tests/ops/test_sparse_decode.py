@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ from backend_option import TESTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_near, naive_attention
-from sparse_decode_cases import Shape, assert_right, make_arguments
+from sparse_decode_cases import (
+    Shape,
+    assert_right,
+    check_batch_invariance,
+    make_arguments,
+)
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -93,6 +99,27 @@ def test_a_flat_batch_is_one_query_per_request() -> None:
     assert torch.equal(got_lse, lse.squeeze(1))
 
 
+def test_requests_with_different_numbers_of_queries_are_one_flat_batch() -> None:
+    """Each token is a row with the list and the length of its own."""
+    one = make_arguments(Shape(layout=LAYOUT, b=1, s_q=3, topk=8))
+    two = make_arguments(Shape(layout=LAYOUT, b=1, s_q=1, topk=8))
+    two = one | {name: two[name] for name in ("q", "topk_indices")}  # another request's queries
+    two["topk_indices"] = one["topk_indices"][:, 1:2].flip(-1)
+    lengths = [6, 6, 6, 8]
+    flat = one | {name: torch.cat([one[name][0], two[name][0]]) for name in ("q", "topk_indices")}
+    flat["topk_length"] = torch.tensor(lengths, dtype=torch.int32, device=one["q"].device)
+    out, lse = sparse_decode(**flat, backend=TESTED)
+    row = 0
+    for request in (one, two):
+        for j in range(request["q"].shape[1]):
+            alone = request | {name: request[name][:, j : j + 1] for name in ("q", "topk_indices")}
+            alone["topk_length"] = flat["topk_length"][row : row + 1]
+            want, want_lse = sparse_decode(**alone, backend=TESTED)
+            assert_near(out[row], want[0, 0], 1e-6)
+            assert_near(lse[row], want_lse[0, 0], 1e-6)
+            row += 1
+
+
 def test_a_selected_nan_comes_out() -> None:
     arguments = make_arguments(Shape(layout=LAYOUT, b=2, topk=6))
     unused = set(range(15)) - set(arguments["topk_indices"].flatten().tolist())
@@ -112,10 +139,22 @@ def test_slots_outside_their_cache_do_not_count(prefix: str, wrong: int) -> None
         assert len(arguments[f"{scope}kv_cache"]) * arguments[f"{scope}block_size"] < 24
     slots = arguments[name]
     slots[0, 0, 3], slots[1, 0, 0] = -1, -1
-    want = sparse_decode(**arguments, backend="ref")
+    want = sparse_decode(**arguments, backend=TESTED)
     arguments[name] = slots.masked_fill(slots < 0, wrong)
-    got = sparse_decode(**arguments, backend="ref")
+    got = sparse_decode(**arguments, backend=TESTED)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
+@pytest.mark.parametrize("has_length", [False, True])
+def test_deterministic_rows_know_neither_mates_nor_padding(
+    layout: KVLayout, has_length: bool
+) -> None:
+    shape = Shape(layout=layout, b=4, s_q=2, topk=37, extra_topk=13, has_length=has_length)
+    check_batch_invariance(
+        make_arguments(replace(shape, has_sink=True)),
+        lambda call: sparse_decode(**call, deterministic=True, backend=TESTED),
+    )
 
 
 def _valid_call() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sparse_decode_cases import (
     assert_right,
     check_random_case,
     make_arguments,
+    pick,
     run,
     store,
 )
@@ -84,10 +85,19 @@ def test_other_types_of_query(layout: KVLayout, dtype: torch.dtype) -> None:
         assert_right(run(arguments), arguments)
 
 
-@pytest.mark.parametrize("h", [1, 3, 9, 63, 126])
+@pytest.mark.parametrize("h", [1, 3, 9, 63, 126, 129])
 def test_any_number_of_heads(h: int) -> None:
     arguments = make_arguments(Shape(layout=SMALL, b=1, h=h, topk=5, has_sink=True))
     assert_right(run(arguments), arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [MODEL1, V32], ids=lambda x: x.name)
+def test_every_number_of_heads(layout: KVLayout) -> None:
+    for h in range(1, 131):
+        shape = Shape(layout=layout, b=2, h=h, topk=70, block_size=64, has_sink=True)
+        arguments = make_arguments(shape)
+        assert_right(run(arguments), arguments)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 53, 61, 64, 256])
@@ -188,7 +198,7 @@ def test_permuted_requests_give_permuted_bits(split_tiles: int | None) -> None:
     arguments = make_arguments(shape)
     out, lse = run(arguments, split_tiles)
     order = [3, 0, 2, 1]
-    got, got_lse = run(_pick(arguments, order), split_tiles)
+    got, got_lse = run(pick(arguments, order), split_tiles)
     assert torch.equal(got, out[order])
     assert torch.equal(got_lse, lse[order])
 
@@ -206,15 +216,9 @@ def test_deterministic_rows_do_not_depend_on_their_batch_mates(
     out, lse = run(arguments, deterministic=True)
     assert_right((out, lse), arguments)
     for i in range(3):
-        alone, alone_lse = run(_pick(arguments, [i]), deterministic=True)
+        alone, alone_lse = run(pick(arguments, [i]), deterministic=True)
         assert torch.equal(alone[0], out[i])
         assert torch.equal(alone_lse[0], lse[i])
-
-
-def _pick(arguments: dict[str, Any], requests: list[int]) -> dict[str, Any]:
-    per_request = ("q", "topk_indices", "topk_length", "extra_topk_indices", "extra_topk_length")
-    picked = {n: arguments[n] for n in per_request if arguments[n] is not None}
-    return arguments | {n: x[requests].clone() for n, x in picked.items()}
 
 
 def test_cutting_the_work_otherwise_gives_the_same() -> None:
@@ -336,7 +340,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     for layout, message in [
         (KVLayout("bf16", 40, 16), "multiples of 16, got 40 and 16"),
         (KVLayout("model1_fp8", 64, 24), "multiples of 16, got 64 and 24"),
-        (KVLayout("model1_fp8", 640, 32), "at most 576 channels, got 672"),
+        (KVLayout("bf16", 1024, 80), "at most 1088 channels here, got 1104"),
     ]:
         arguments = make_arguments(Shape(layout=layout, topk=3))
         with pytest.raises(BackendUnavailable, match=message):

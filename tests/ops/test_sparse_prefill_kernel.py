@@ -15,6 +15,8 @@ from sparse_prefill_cases import (
     Shape,
     assert_gradients_right,
     assert_right,
+    check_batch_invariance,
+    check_empty_lists,
     check_random_case,
     in_double,
     make_arguments,
@@ -78,6 +80,15 @@ def test_random_calls_of_the_models_widths_are_right(first: int) -> None:
             t=[1, 7, 62, 213], h=[1, 16, 17, 63, 64, 128], s=[1, 95, 592, 1840],
             topk=[1, 63, 64, 65, 200, 576],
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [MODEL1, V32])
+def test_every_number_of_heads(dims: tuple[int, int]) -> None:
+    for h in range(1, 131):
+        shape = Shape(t=3, h=h, s=90, topk=70, d=dims[0], value_dim=dims[1])
+        arguments = make_arguments(shape)
+        assert_right(run(arguments), arguments)
 
 
 @pytest.mark.gpu
@@ -145,6 +156,21 @@ def test_no_queries_and_no_keys() -> None:
     assert_right(run(arguments), arguments)
     for deterministic in (False, True):
         assert_gradients_right(arguments, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_lists_are_lists_without_a_key(deterministic: bool) -> None:
+    options = {"deterministic": deterministic, "backend": "triton"}
+    for arguments in (make_arguments(Shape(topk=0)), make_arguments(Shape(topk=0, s=0))):
+        check_empty_lists(arguments, options)
+
+
+@pytest.mark.parametrize("has_length", [False, True])
+def test_rows_know_neither_mates_nor_padding(has_length: bool) -> None:
+    shape = Shape(t=5, h=17, has_length=has_length)
+    if DEVICE == "cuda":
+        shape = replace(shape, h=64, s=900, topk=300, d=512, value_dim=512)
+    check_batch_invariance(make_arguments(shape), backend="triton")
 
 
 def test_a_nan_that_is_named_comes_out() -> None:

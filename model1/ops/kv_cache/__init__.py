@@ -62,8 +62,8 @@ def quantize_and_store(
     nothing. A tile with NaN or an infinity reads back as NaN throughout. Backends write the same
     bytes.
     Raises ValueError for a wrong shape, dtype, device or stride and, on the CPU, for a slot
-    outside -1 .. num_blocks * block_size - 1 (a GPU would have to stop to look);
-    BackendUnavailable for a backend that cannot run here.
+    outside -1 .. num_blocks * block_size - 1; a GPU, which would have to stop to look, and a
+    compiled graph take it for -1. BackendUnavailable for a backend that cannot run here.
     """
     check_store(kv, kv_cache, slot_mapping, layout, block_size)
     store(kv, kv_cache, slot_mapping, layout, block_size, backend)
@@ -83,7 +83,8 @@ def gather_and_dequantize(
     FP8: k = e4m3 code * scale as an fp32 product, rounded once to dtype. v32_fp8 scales may be
     any fp32 number. slots: int64 or int32 of any shape; -1 gives zeros, whatever the cache
     holds. Other slots, padding bytes and block padding may hold anything, NaN included.
-    Raises as `quantize_and_store` does, and ValueError for a dtype that is not floating point.
+    Raises as `quantize_and_store` does, with its rule for slots outside the cache, and ValueError
+    for a dtype that is not floating point.
     """
     check_gather(kv_cache, slots, layout, block_size, dtype)
     return gather(GATHER_AND_DEQUANTIZE, kv_cache, slots, layout, block_size, dtype, backend)

@@ -40,7 +40,7 @@ def check_slots(name: str, slots: Tensor, kv_cache: Tensor, block_size: int) -> 
     """Raise ValueError for slots of a wrong dtype or device and, on the CPU, out of range.
 
     The range is not looked at where that would make the host wait for a GPU or break a graph
-    under torch.compile.
+    under torch.compile: there what is no slot counts as -1.
     """
     if slots.dtype not in _SLOT_DTYPES:
         raise ValueError(f"{name} must be int64 or int32, got {slots.dtype}")

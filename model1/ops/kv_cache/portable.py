@@ -81,9 +81,9 @@ def target_constants(target: KernelTarget) -> dict[str, bool]:
     return {"NATIVE": target.has_fp8, "INTERPRETED": False}
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "num_slots"])
 def _kv_gather_fwd_kernel(
-    kv_cache_ptr, stride_block, slot_ptr, out_ptr, n,
+    kv_cache_ptr, stride_block, num_slots, slot_ptr, out_ptr, n,
     D_NOPE: tl.constexpr, D_ROPE: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROW_BYTES: tl.constexpr, ROPE_START: tl.constexpr, SCALE_FIELDS: tl.constexpr,
     SCALES_IN_ROW: tl.constexpr, ITEM: tl.constexpr, ITEM_BYTES: tl.constexpr,
@@ -94,8 +94,8 @@ def _kv_gather_fwd_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < n
     slot = tl.load(slot_ptr + row, mask=is_row, other=-1).to(tl.int64)
-    is_present = slot >= 0
-    slot = tl.maximum(slot, 0)
+    is_present = (slot >= 0) & (slot < num_slots)
+    slot = tl.where(is_present, slot, 0)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     item_ptr = kv_cache_ptr.to(tl.pointer_type(ITEM))  # pyright: ignore[reportArgumentType]
     item = block * (stride_block // ITEM_BYTES) + offset * (ROW_BYTES // ITEM_BYTES)
@@ -179,8 +179,9 @@ def _gather(
     kernel: Any = _kv_gather_fwd_kernel
     with torch.cuda.device_of(kv_cache):
         kernel[(-(-n // constants["BLOCK_N"]),)](
-            kv_cache, kv_cache.stride(0), flat, out, n, **constants, num_warps=config.num_warps
-        )
+            kv_cache, kv_cache.stride(0), len(kv_cache) * block_size, flat, out, n,
+            **constants, num_warps=config.num_warps,
+        )  # fmt: skip
     return out
 
 
@@ -195,6 +196,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Gathers of few and of many MODEL1 and V3.2 tokens to bf16."""
     signature = {
         "kv_cache_ptr": "*u8", "slot_ptr": "*i64", "out_ptr": "*bf16", "n": "i32",
+        "num_slots": "i32",
     }  # fmt: skip
     cases = []
     for layout in (KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64)):

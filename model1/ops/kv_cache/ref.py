@@ -43,9 +43,9 @@ def quantize_tiles_ref(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_and_store_ref(
     kv: Tensor, kv_cache: Tensor, slot_mapping: Tensor, *, layout: KVLayout, block_size: int
 ) -> None:
-    """Write kv [t, d] into its slots of kv_cache, in place; rows with slot -1 are skipped."""
+    """Write kv [t, d] into its slots of kv_cache, in place; rows of other slots are skipped."""
     kv, slots = kv.detach(), slot_mapping.long()
-    kept = (slots >= 0).nonzero()
+    kept = _is_slot(slots, kv_cache, block_size).nonzero()
     if kept.numel() < slots.numel():
         kept = kept.squeeze(1)
         kv, slots = kv.index_select(0, kept), slots.index_select(0, kept)
@@ -74,8 +74,8 @@ def quantize_and_store_ref(
 def gather_and_dequantize_ref(
     kv_cache: Tensor, slots: Tensor, *, layout: KVLayout, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The tokens at `slots`, as dtype [*slots.shape, d]; slot -1 gives zeros."""
-    safe, absent = _split_absent(slots)
+    """The tokens at `slots`, as dtype [*slots.shape, d]; what is no slot gives zeros."""
+    safe, absent = _split_absent(slots, kv_cache, block_size)
     rows, index = _data_rows(kv_cache, safe, layout, block_size)
     if not layout.is_fp8:
         out = rows.view(_PLAIN_DTYPES[layout.name]).index_select(0, index).to(dtype)
@@ -112,8 +112,8 @@ def plain_run_ref(
 def gather_rope_ref(
     kv_cache: Tensor, slots: Tensor, *, layout: KVLayout, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Only the rotary channels at `slots`, as dtype [*slots.shape, d_rope]; -1 gives zeros."""
-    safe, absent = _split_absent(slots)
+    """Only the rotary channels at `slots`, as dtype [*slots.shape, d_rope]; zeros likewise."""
+    safe, absent = _split_absent(slots, kv_cache, block_size)
     rows, index = _data_rows(kv_cache, safe, layout, block_size)
     out = _row_rope(rows, layout).index_select(0, index).to(dtype)
     return _zero_absent(out, absent).view(*slots.shape, layout.d_rope)
@@ -181,13 +181,19 @@ def _write_words(rows: Tensor, index: Tensor, new: Tensor) -> None:
     rows.view(torch.int64).index_copy_(0, index, new.view(torch.int64))
 
 
-def _split_absent(slots: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Slots [n] int64 with slot 0 in place of -1, and the positions changed, None if none."""
+def _is_slot(slots: Tensor, kv_cache: Tensor, block_size: int) -> Tensor:
+    """Which numbers are slots of the cache: -1 and what lies outside are none."""
+    return (slots >= 0) & (slots < len(kv_cache) * block_size)
+
+
+def _split_absent(slots: Tensor, kv_cache: Tensor, block_size: int) -> tuple[Tensor, Tensor | None]:
+    """Slots [n] int64 with slot 0 in place of what is none, and where, None if nowhere."""
     flat = slots.reshape(-1).long()
-    absent = (flat < 0).nonzero()
+    absent = (~_is_slot(flat, kv_cache, block_size)).nonzero()
     if absent.numel() == 0:
         return flat, None
-    return flat.clamp_min(0), absent.squeeze(1)
+    absent = absent.squeeze(1)
+    return flat.index_fill(0, absent, 0), absent
 
 
 def _zero_absent(out: Tensor, absent: Tensor | None) -> Tensor:

@@ -51,7 +51,8 @@ def norm_rope_store(
     spoils its token as far as the norm reaches; a tile that holds one reads back as NaN.
     is_checked: the caller vouches for the arguments, which are not looked at then.
     Not differentiable. Raises ValueError for shapes, dtypes, devices and, on the CPU, slots
-    outside the cache; BackendUnavailable for a backend that cannot run here.
+    outside the cache, which elsewhere count as -1; BackendUnavailable for a backend that cannot
+    run here.
     Source: DeepSeek-V4 (arXiv 2606.19348) and DeepSeek-V3.2; docs/kv_layout.md for the bytes.
     """
     if not is_checked:

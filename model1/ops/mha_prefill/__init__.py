@@ -40,6 +40,7 @@ def mha_prefill(
     *,
     softmax_scale: float,
     causal: bool,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over the keys of its own request.
@@ -55,10 +56,13 @@ def mha_prefill(
 
     Returns out [t, h, dv] in q's dtype and lse [t, h] fp32, a transposed view. A query without
     keys gives out = 0, lse = -inf. A NaN in a key reaches the queries that see it, and may reach
-    others of its request. Differentiable in q, k and v, once; no gradient flows through lse, and
-    gradients are the same bits every time.
+    others of its request. Differentiable in q, k and v, once; no gradient flows through lse.
+    Results and gradients of a request are the same bits every time, whatever the other requests,
+    their order and max_seqlen_*: `deterministic`, which other operators of attention take, changes
+    nothing here.
     Raises ValueError for shapes, dtypes, strides and devices, and on the CPU for prefix sums that
-    do not fit; BackendUnavailable for a backend that cannot run here.
+    do not fit; BackendUnavailable for a backend that cannot run here. triton takes heads of at most
+    576 channels, in fp32 256.
     Source: the public FlashMLA interface.
     """
     check_tensors(q, k, v)

@@ -17,7 +17,13 @@ from torch import Tensor
 from model1.ops.channel_pieces import channel_pieces
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
-from model1.ops.launch import device_target, launch_options, num_sms
+from model1.ops.launch import (
+    USUAL_CHANNELS,
+    device_target,
+    launch_options,
+    max_channels,
+    num_sms,
+)
 from model1.ops.paged_decode.portable_combine import _flash_fwd_mla_combine_kernel
 from model1.ops.paged_decode.portable_kernel import _flash_fwd_splitkv_mla_kernel
 from model1.ops.paged_decode.portable_sizes import (
@@ -235,18 +241,22 @@ def _combine_constants(
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Blocks of 64 tokens, in bf16 and in both FP8 forms, read by 16 and by 128 heads.
 
-    By 16 heads also with two queries under a causal mask, which needs the most registers.
+    By 16 heads also with two queries under a causal mask, which needs the most registers, and so
+    the widest rows that MODEL1 has and the target takes.
     """
     cases = []
+    widest = max_channels(target, torch.bfloat16)
     for layout, d in (
         (None, 512),
         (None, 576),
         (KVLayout("model1_fp8", 448, 64), 512),
         (KVLayout("v32_fp8", 512, 64), 576),
+        (KVLayout("model1_fp8", widest - 64, 64), widest),
     ):
-        for h, s_q in ((16, 1), (16, 2), (128, 1)):
+        value_dim = 512 if d < widest else d
+        for h, s_q in ((16, 1), (16, 2), (128, 1)) if d < widest else ((16, 2),):
             problem = Problem(
-                layout=layout, dtype=torch.bfloat16, d=d, value_dim=512, group=h, hkv=1,
+                layout=layout, dtype=torch.bfloat16, d=d, value_dim=value_dim, group=h, hkv=1,
                 block_size=64, b=128, s_q=s_q, max_seqlen=1, softmax_scale=1.0, causal=s_q > 1,
                 empty_lse=0.0, deterministic=False, stored=torch.bfloat16,
             )  # fmt: skip
@@ -293,7 +303,7 @@ def _main_case(
         constexprs=_main_constants(problem, config, form, target) | strides | absent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        may_spill=problem.causal and config.block_m == 32,
+        may_spill=(problem.causal and config.block_m == 32) or problem.d > USUAL_CHANNELS,
     )
 
 

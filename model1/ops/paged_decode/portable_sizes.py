@@ -10,8 +10,8 @@ import torch
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
+from model1.ops.launch import USUAL_CHANNELS, max_channels
 
-_MAX_CHANNELS = 576  # more would not fit the shared memory of the smaller GPUs
 _MAX_BALANCED_REQUESTS = 4096  # every program adds up the lengths of all requests
 
 
@@ -70,9 +70,12 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
 
     Measured in bf16 on an H200, 2026-11-22 (docs/log.md); on other GPUs what fits.
     """
-    if problem.d > _MAX_CHANNELS:
+    if problem.d > (most := max_channels(target, problem.dtype)):
         got = problem.d
-        raise BackendUnavailable(f"paged_decode/triton takes {_MAX_CHANNELS} channels, got {got}")
+        raise BackendUnavailable(f"paged_decode/triton takes {most} channels here, got {got}")
+    if problem.d > USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
+        # right, not fast: no model has such rows; on sm_80 up to 128 bytes are spilled
+        return Config(block_m=16, block_n=16, num_warps=8, num_stages=1)
     # a choice that followed the batch's longest query would change the bits of its mates
     rows = problem.group * (1 if problem.deterministic else problem.s_q)
     is_fp8 = problem.layout is not None

@@ -30,6 +30,7 @@ def lightning_topk(
     topk: int,
     max_seqlen: int,
     block_size: int,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Positions of the tokens with the largest index scores among those that a row sees.
@@ -43,9 +44,10 @@ def lightning_topk(
 
     Returns [t, topk] int32, -1 behind the last; a row that sees fewer than topk gets them all.
     Positions that no row of the request sees may hold anything. Products of e4m3 numbers are exact
-    and summed in fp32; backends may differ where scores are equal but for rounding. Scratch memory:
-    4 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not differentiable.
-    Raises ValueError and BackendUnavailable as `lowrank_topk` does.
+    and summed in fp32; backends may differ where scores are equal but for rounding. deterministic:
+    a row's results do not depend on its batch mates, on max_seqlen_q and on the table's width.
+    Scratch memory: 4 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not
+    differentiable. Raises ValueError and BackendUnavailable as `lowrank_topk` does.
     Source: DeepSeek-V3.2, section 2.1.
     """
     if q.dim() != 3 or 0 in q.shape[1:] or q.dtype != torch.float8_e4m3fn or q.stride(-1) != 1:
@@ -63,6 +65,8 @@ def lightning_topk(
         check_device(name, tensor, q)
     check_rows(q, block_table, cu_seqlens_q, max_seqlen_q, key_end, max_seqlen, block_size)
     check_choice(topk, 0)
+    if deterministic:  # a batch of single queries would get sizes of its own, and other sums
+        max_seqlen_q = max(2, max_seqlen_q)
     return torch.ops.model1.lightning_topk(
         q, weights, index_cache, index_scale, block_table, cu_seqlens_q, max_seqlen_q, key_end,
         topk, max_seqlen, block_size, LIGHTNING_TOPK.resolve(backend, q.device),

@@ -56,19 +56,22 @@ def sparse_decode(
     as FlashMLA rounds it), v_j its first `value_dim` channels. An entry is valid if it is a slot of
     its cache and its position is below the row's length; all others, -1 first, are ignored.
 
-    q: [b, s_q, h, d] bf16, fp16 or fp32, or [t, h, d], which means b = t, s_q = 1; any strides
-    with a contiguous last axis. kv_cache: uint8 [num_blocks, block bytes] of `layout`, as
-    `allocate_kv_cache` makes it, any block stride. topk_indices: [b, s_q, topk] (or [t, topk])
-    int32 slots, in any order. topk_length: [b] int32, entries counted per request;
-    None = all. extra_*: a second cache of the same layout with its own block size, attended in
-    the same softmax. attn_sink: [h] fp32 natural-log logit, +-inf allowed, part of no lse.
+    q: [b, s_q, h, d] bf16, fp16 or fp32, or [t, h, d], which means b = t, s_q = 1: so go requests
+    with different numbers of queries. Any strides with a contiguous last axis. kv_cache: uint8
+    [num_blocks, block bytes] of `layout`, as `allocate_kv_cache` makes it, any block stride.
+    topk_indices: [b, s_q, topk] (or [t, topk]) int32 slots, in any order, topk may be 0.
+    topk_length: [b] int32, entries counted per request; None = all. extra_*: a second cache of the
+    same layout with its own block size, attended in the same softmax. attn_sink: [h] fp32
+    natural-log logit, +-inf allowed, part of no lse.
 
     Returns out like q with `value_dim` channels and lse [b, s_q, h] (or [t, h]) fp32. A row
     without a valid key gives out = 0 and lse = empty_lse. Slots that no valid entry names may
     hold anything, NaN included, and are not read. deterministic: a row's bits do not depend on its
-    batch mates.
+    batch mates, nor on what entries that are ignored follow its last valid one.
     Not differentiable (`sparse_prefill` is). Raises ValueError for shapes, dtypes, devices and
-    strides, BackendUnavailable for a backend that cannot run here.
+    strides, BackendUnavailable for a backend that cannot run here. triton takes d_nope and d_rope
+    that are multiples of 16 and, as does `paged_decode`, at most 1088 channels (on GPUs with 99 KB
+    of shared memory 1024, in fp32 768).
     Source: the public FlashMLA interface; docs/kv_layout.md for the bytes.
     """
     is_flat = q.dim() == 3

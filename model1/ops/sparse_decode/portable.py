@@ -1,14 +1,15 @@
 """Sparse decode in Triton, for any GPU: sizes, launches and the list of kernels.
 
-One launch, or two where rows are split. The host decides from shapes alone and never waits, so a
-CUDA graph of the launches may be replayed with other slots and lengths.
+One launch, or two where rows are split, or three where, besides, bits must not depend on padding.
+The host decides from shapes alone and never waits, so a CUDA graph of the launches may be replayed
+with other slots and lengths.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache import KVLayout
-from model1.ops.launch import device_target, launch_options, num_sms
+from model1.ops.launch import (
+    USUAL_CHANNELS,
+    device_target,
+    launch_options,
+    max_channels,
+    num_sms,
+)
 from model1.ops.sparse_decode.portable_kernel import (
     _flash_fwd_mla_combine_kernel,
     _flash_fwd_splitkv_mla_fp8_sparse_kernel,
+    _sparse_list_lengths_kernel,
 )
 from model1.ops.sparse_decode.portable_row import UNIT_BYTES, RowFormat
 
 _CHANNEL_STEP = 16  # the shortest inner axis of a matrix product
-_MAX_CHANNELS = 576  # more would not fit the shared memory of the smaller GPUs
 # A split's length that depends on no batch, long enough that most rows are not split.
 _DETERMINISTIC_KEYS = 1024
 # The costs, in tiles, of starting and finishing a program and of the second launch. Guesses.
@@ -34,6 +41,8 @@ _PROGRAM_COST = 1.0
 _COMBINE_COST = 1.0
 _PARTIALS_PER_TILE = 64  # partial results that all SMs together write and read in a tile's time
 _COMBINE_WARPS = 4
+_LIST_BLOCK = 1024  # entries of a list that are looked at in a step
+_LIST_WARPS = 4
 _INT32_MAX = (1 << 31) - 1  # slots are int32: a cache may have more than they can name
 
 
@@ -89,6 +98,8 @@ def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLa
     split_scores, and for rows that need no conversion, two are enough.
     """
     stored = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(layout.name, dtype)
+    if layout.d > USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
+        return Config(block_h=16, block_n=16, num_warps=8, num_stages=1)
     if dtype == torch.float32 or stored != dtype:  # right, not fast: no model runs so
         return Config(block_h=16, block_n=16, num_warps=4, num_stages=1)
     if target.kind == "hip":
@@ -157,17 +168,17 @@ def sparse_decode_triton(
     out_dtype: of a caller that goes on computing with out; None = q's.
 
     Where rows are split it takes scratch memory of 4 * (value_dim + 1) bytes per split, query and
-    head. Raises BackendUnavailable for rows of more than 576 channels and for widths that are not
-    multiples of 16.
+    head. Raises BackendUnavailable for rows that are too wide, see `max_channels`, and for widths
+    that are not multiples of 16.
     """
-    _check_widths(layout)
+    target = device_target(q.device)
+    _check_widths(layout, max_channels(target, q.dtype))
     b, s_q, h, _ = q.shape
     out = torch.empty(b, s_q, h, value_dim, dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty(b, s_q, h, dtype=torch.float32, device=q.device)
     if b > 0:
         main = _Scope(kv_cache, topk_indices, topk_length, block_size)
         extra = _Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
-        target = device_target(q.device)
         config = config or choose_config(target, h, q.dtype, layout)
         scale_log2 = softmax_scale * math.log2(math.e)
         _launch(
@@ -177,15 +188,15 @@ def sparse_decode_triton(
     return out, lse
 
 
-def _check_widths(layout: KVLayout) -> None:
+def _check_widths(layout: KVLayout, most: int) -> None:
     if layout.d_nope % _CHANNEL_STEP or layout.d_rope % _CHANNEL_STEP:
         raise BackendUnavailable(
             f"sparse_decode/triton needs d_nope and d_rope that are multiples of {_CHANNEL_STEP}, "
             f"got {layout.d_nope} and {layout.d_rope}"
         )
-    if layout.d > _MAX_CHANNELS:
+    if layout.d > most:
         raise BackendUnavailable(
-            f"sparse_decode/triton takes at most {_MAX_CHANNELS} channels, got {layout.d}"
+            f"sparse_decode/triton takes at most {most} channels here, got {layout.d}"
         )
 
 
@@ -209,28 +220,51 @@ def _launch(
         sizes = (num_splits, b, s_q, h)
         partial = torch.empty(*sizes, value_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(sizes, dtype=torch.float32, device=q.device)
-    counts = (b * s_q, s_q, h, main.topk, extra.topk, split_tiles)
+    rows_per_length = s_q
+    if deterministic and num_splits > 1:
+        main, extra = _without_padding(main, extra, b, s_q)
+        rows_per_length = 1
+    counts = (rows_per_length, h, main.topk, extra.topk, split_tiles)
     with torch.cuda.device_of(q):
         _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * num_splits,)](
             q, out, lse, partial, partial_lse, attn_sink,
             main.kv_cache, main.slots, main.length, extra.kv_cache, extra.slots, extra.length,
-            *counts, scale_log2, empty_lse, q.stride(0), q.stride(1), q.stride(2),
+            b * s_q, s_q, *counts, scale_log2, empty_lse, q.stride(0), q.stride(1), q.stride(2),
             *main.slot_strides, *extra.slot_strides, *main.addressing, *extra.addressing,
             **constants, **launch_options(config.num_warps, config.num_stages),
         )  # fmt: skip
         if num_splits > 1:
             _flash_fwd_mla_combine_kernel[(b * s_q * h,)](
                 out, lse, partial, partial_lse, attn_sink, main.length, extra.length,
-                *counts, empty_lse, **_combine_constants(value_dim, config.block_n),
+                b * s_q, *counts, empty_lse, **_combine_constants(value_dim, config.block_n),
                 **launch_options(_COMBINE_WARPS, 1),
             )  # fmt: skip
+
+
+def _without_padding(main: _Scope, extra: _Scope, b: int, s_q: int) -> tuple[_Scope, _Scope]:
+    """The same lists, each row with a length of its own, at its last valid entry.
+
+    Cut by these, a row's keys fall into the same tiles and splits however far the batch is padded.
+    """
+    assert main.slots is not None
+    lengths = torch.empty(2, b * s_q, dtype=torch.int32, device=main.slots.device)
+    constants: dict[str, Any] = {"BLOCK": _LIST_BLOCK}
+    with torch.cuda.device_of(lengths):
+        _sparse_list_lengths_kernel[(b * s_q,)](
+            lengths, main.slots, main.length, extra.slots, extra.length,
+            b * s_q, s_q, main.topk, extra.topk, *main.slot_strides, *extra.slot_strides,
+            main.addressing[-1], extra.addressing[-1],
+            **constants, **launch_options(_LIST_WARPS, 1),
+        )  # fmt: skip
+    extra_length = None if extra.slots is None else lengths[1]
+    return replace(main, length=lengths[0]), replace(extra, length=extra_length)
 
 
 def _constants(
     layout: KVLayout, value_dim: int, config: Config, target: KernelTarget
 ) -> dict[str, Any]:
     return {
-        "ROW": RowFormat.of(layout),
+        "ROW": RowFormat.of(layout, config.block_n),
         "VALUE_DIM": value_dim,
         "BLOCK_H": config.block_h,
         "BLOCK_N": config.block_n,
@@ -247,7 +281,7 @@ def _combine_constants(value_dim: int, block_n: int) -> dict[str, Any]:
 _TYPES = {
     "q_ptr": "*bf16", "out_ptr": "*bf16", "lse_ptr": "*fp32", "partial_ptr": "*fp32",
     "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "kv_ptr": "*u8", "slots_ptr": "*i32",
-    "length_ptr": "*i32", "extra_kv_ptr": "*u8", "extra_slots_ptr": "*i32",
+    "lengths_ptr": "*i32", "length_ptr": "*i32", "extra_kv_ptr": "*u8", "extra_slots_ptr": "*i32",
     "extra_length_ptr": "*i32", "scale_log2": "fp32", "empty_lse": "fp32",
     "divisor": "i64", "extra_divisor": "i64",
 }  # fmt: skip
@@ -255,25 +289,35 @@ _OPTIONAL = ("sink_ptr", "length_ptr", "extra_kv_ptr", "extra_slots_ptr", "extra
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """MODEL1 with a second cache, lengths and a sink, V3.2 and bf16 without; 16, 32, 128 heads."""
+    """MODEL1 with a second cache, lengths and a sink, V3.2 and bf16 without; 16, 32, 128 heads.
+
+    And the widest rows that MODEL1 has and the target takes.
+    """
     cases = []
+    widest = max_channels(target, torch.bfloat16) - 64
     for layout in (
         KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64), KVLayout("bf16", 512, 64),
+        KVLayout("model1_fp8", widest, 64),
     ):  # fmt: skip
-        has_all = layout.name == "model1_fp8"
-        for h in (16, 32, 128):
+        has_all, name = layout.name == "model1_fp8", f"{layout.name} {layout.d}"
+        value_dim = max(512, layout.d) if has_all else 512
+        for h in (16, 32, 128) if layout.d <= USUAL_CHANNELS else (128,):
             config = choose_config(target, h, torch.bfloat16, layout)
             # contiguous queries: the launcher sees that their strides are multiples of 16
             strides = {"stride_q_b": h * layout.d, "stride_q_s": h * layout.d}
             constants = strides | {"stride_q_h": layout.d}
-            constants |= _constants(layout, 512, config, target)
+            constants |= _constants(layout, value_dim, config, target)
             kernel = _flash_fwd_splitkv_mla_fp8_sparse_kernel
             options = launch_options(config.num_warps, config.num_stages)
             options["may_spill"] = not layout.is_fp8 and config.block_h == 64
-            cases.append(_case(f"{layout.name} h{h}", kernel, constants, options, has_all))
+            cases.append(_case(f"{name} h{h}", kernel, constants, options, has_all))
+        lengths, options = {"BLOCK": _LIST_BLOCK}, launch_options(_LIST_WARPS, 1)
+        kernel = _sparse_list_lengths_kernel
+        cases.append(_case(f"{name} list lengths", kernel, lengths, options, has_all))
         kernel, options = _flash_fwd_mla_combine_kernel, launch_options(_COMBINE_WARPS, 1)
-        combine = _combine_constants(512, config.block_n)
-        cases.append(_case(f"{layout.name} combine", kernel, combine, options, has_all))
+        block_n = choose_config(target, 128, torch.bfloat16, layout).block_n
+        combine = _combine_constants(value_dim, block_n)
+        cases.append(_case(f"{name} combine", kernel, combine, options, has_all))
     return cases
 
 

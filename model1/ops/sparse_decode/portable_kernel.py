@@ -1,9 +1,10 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 # Run-time parameters of a Triton kernel have no Python type, loops over tl.static_range exist only
 # when compiled.
-"""The two kernels of sparse decode in Triton: attention over a split of the keys, and the merge.
+"""The kernels of sparse decode in Triton: attention over a split of the keys, and the merge.
 
-Their names are what profilers and FlashMLA's own tests look for.
+Their names are what profilers and FlashMLA's own tests look for. A third measures the lists first
+where bits must not depend on their padding.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _STEP = tl.constexpr(8)
 
 
 @triton.jit
-def _num_keys(request, length_ptr, topk):
-    """How many entries of the list count."""
+def _num_keys(lists, length_ptr, topk):
+    """How many entries of a list count; `lists`: how many lengths come before its own."""
     if length_ptr is not None:
-        topk = tl.minimum(tl.maximum(tl.load(length_ptr + request), 0), topk)
+        topk = tl.minimum(tl.maximum(tl.load(length_ptr + lists), 0), topk)
     return topk
 
 
@@ -81,18 +82,53 @@ def _store_pieces(out_ptr, acc, weight, head, is_head, ROW: tl.constexpr, VALUE_
 
 # Nothing is gained from specialising these, and each distinct 1 or multiple of 16 would compile.
 _SIZES = [
-    "num_rows", "s_q", "h", "topk", "extra_topk", "split_tiles",
+    "num_rows", "s_q", "rows_per_length", "h", "topk", "extra_topk", "split_tiles",
     "stride_slots_b", "stride_slots_s", "stride_extra_b", "stride_extra_s",
     "block_units", "block_size", "divisor", "shift", "last_slot",
     "extra_units", "extra_size", "extra_divisor", "extra_shift", "extra_last",
 ]  # fmt: skip
 
 
+@triton.jit
+def _end_of_list(slots_ptr, num_keys, last_slot, BLOCK: tl.constexpr):
+    """How many of the first num_keys entries are left without the invalid ones at the end."""
+    end = 0
+    for first in range(0, num_keys, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        slot = tl.load(slots_ptr + position, mask=position < num_keys, other=-1)
+        is_valid = slot.to(tl.uint32) <= last_slot.to(tl.uint32)
+        end = tl.maximum(end, tl.max(tl.where(is_valid, position + 1, 0), 0))
+    return end
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _sparse_list_lengths_kernel(
+    lengths_ptr, slots_ptr, length_ptr, extra_slots_ptr, extra_length_ptr,
+    num_rows, s_q, topk, extra_topk,
+    stride_slots_b, stride_slots_s, stride_extra_b, stride_extra_s, last_slot, extra_last,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """lengths [2, num_rows]: how far a row's two lists reach, up to their last valid entries.
+
+    Tiles are counted from these where bits must not depend on how far a list is padded.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    request, query = row // s_q, row % s_q
+    slots_ptr += request * stride_slots_b + query * stride_slots_s
+    num_keys = _num_keys(request, length_ptr, topk)
+    tl.store(lengths_ptr + row, _end_of_list(slots_ptr, num_keys, last_slot, BLOCK))
+    if extra_slots_ptr is not None:
+        extra_slots_ptr += request * stride_extra_b + query * stride_extra_s
+        num_keys = _num_keys(request, extra_length_ptr, extra_topk)
+        end = _end_of_list(extra_slots_ptr, num_keys, extra_last, BLOCK)
+        tl.store(lengths_ptr + num_rows + row, end)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     q_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr,
     kv_ptr, slots_ptr, length_ptr, extra_kv_ptr, extra_slots_ptr, extra_length_ptr,
-    num_rows, s_q, h, topk, extra_topk, split_tiles, scale_log2, empty_lse,
+    num_rows, s_q, rows_per_length, h, topk, extra_topk, split_tiles, scale_log2, empty_lse,
     stride_q_b, stride_q_s, stride_q_h,
     stride_slots_b, stride_slots_s, stride_extra_b, stride_extra_s,
     block_units, block_size, divisor, shift, last_slot,
@@ -103,7 +139,8 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     """BLOCK_H heads of one query over `split_tiles` tiles of BLOCK_N keys of its two lists.
 
     A row that fits one split is finished here; others leave partial results [split, row, h]: the
-    attention over the split's keys and its lse, base 2.
+    attention over the split's keys and its lse, base 2. rows_per_length: s_q where the rows of a
+    request share a length, 1 where each has its own.
     """
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     # Head tiles of a query are neighbours, so that the second finds the keys in the L2 cache.
@@ -113,12 +150,12 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     row = program // head_tiles % num_rows
     split = program // head_tiles // num_rows
     request, query = (row // s_q).to(tl.int64), (row % s_q).to(tl.int64)
-    num_keys = _num_keys(request, length_ptr, topk)
+    num_keys = _num_keys(row // rows_per_length, length_ptr, topk)
     main_tiles = tl.cdiv(num_keys, BLOCK_N)
     num_tiles = main_tiles
     extra_num_keys = 0
     if extra_kv_ptr is not None:
-        extra_num_keys = _num_keys(request, extra_length_ptr, extra_topk)
+        extra_num_keys = _num_keys(row // rows_per_length, extra_length_ptr, extra_topk)
         num_tiles += tl.cdiv(extra_num_keys, BLOCK_N)
         extra_slots_ptr += request * stride_extra_b + query * stride_extra_s
     first_tile = split * split_tiles
@@ -187,17 +224,17 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
         _store_pieces(partial_ptr, acc, weight, head, is_head, ROW, VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=["num_rows", "s_q", "h", "topk", "extra_topk", "split_tiles"])
+@triton.jit(do_not_specialize=_SIZES)
 def _flash_fwd_mla_combine_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr, length_ptr, extra_length_ptr,
-    num_rows, s_q, h, topk, extra_topk, split_tiles, empty_lse,
+    num_rows, rows_per_length, h, topk, extra_topk, split_tiles, empty_lse,
     VALUE_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One head of one query: the partial results of its splits, each weighted with 2^lse."""
     row_head = tl.program_id(0).to(tl.int64)
-    request, head = row_head // h // s_q, row_head % h
-    num_tiles = tl.cdiv(_num_keys(request, length_ptr, topk), BLOCK_N)
-    num_tiles += tl.cdiv(_num_keys(request, extra_length_ptr, extra_topk), BLOCK_N)
+    lists, head = row_head // h // rows_per_length, row_head % h
+    num_tiles = tl.cdiv(_num_keys(lists, length_ptr, topk), BLOCK_N)
+    num_tiles += tl.cdiv(_num_keys(lists, extra_length_ptr, extra_topk), BLOCK_N)
     num_splits = tl.cdiv(num_tiles, split_tiles)
     if num_splits <= 1:
         return  # the split kernel has written the result

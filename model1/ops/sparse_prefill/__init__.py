@@ -57,17 +57,18 @@ def sparse_prefill(
 
     q: [t, h, d] bf16, fp16 or fp32 (fp64 with backend="ref"), any strides with a contiguous last
     axis, d a multiple of 16, t also 0. kv: [s, d] like q, any row stride (a multiple of 16 bytes
-    is fastest); rows that no valid entry names may be NaN. topk_indices: [t, topk] int32.
-    topk_length: [t] int32; None = all. attn_sink: [h] fp32 natural-log logit, +-inf allowed, part
-    of out only.
+    is fastest); rows that no valid entry names may be NaN. topk_indices: [t, topk] int32, topk may
+    be 0. topk_length: [t] int32; None = all. attn_sink: [h] fp32 natural-log logit, +-inf allowed,
+    part of out only.
 
     Returns out in q's dtype and max_logits and lse in fp32 (fp64 for fp64). A query without a
-    valid entry gives out = 0, max_logits = -inf and lse = empty_lse. A row's bits do not depend
-    on the other rows.
+    valid entry gives out = 0, max_logits = -inf, lse = empty_lse and no gradient.
 
     Differentiable in q, kv and attn_sink through out; max_logits and lse carry no gradient. The
-    gradient of kv is summed in fp32 in no fixed order, or, if deterministic, in the order of the
-    queries, for which `pairs` says the price. No gradient of gradients.
+    gradient of kv is summed in fp32 in no fixed order. No gradient of gradients.
+    deterministic: a row of the results and of q's gradient depends to the bit on no other row, nor
+    on what ignored entries follow its last valid one; kv's gradient is summed in the order of the
+    queries, for which `pairs` says the price.
     Raises ValueError for shapes, dtypes, devices and strides, BackendUnavailable for a backend
     that cannot run here. Source: the public FlashMLA interface; DeepSeek-V3.2, section 2.
     """
@@ -77,7 +78,8 @@ def sparse_prefill(
     return SparsePrefillResult(
         *torch.ops.model1.sparse_prefill(
             q, kv, topk_indices, topk_length, attn_sink,
-            value_dim, softmax_scale, empty_lse, deterministic, backend,
+            value_dim, softmax_scale, empty_lse, deterministic,
+            SPARSE_PREFILL.resolve(backend, q.device), backend,
         )
     )  # fmt: skip
 
@@ -94,11 +96,12 @@ def _sparse_prefill(
     empty_lse: float,
     deterministic: bool,
     backend: str,
+    gradient_backend: str,  # as the caller named it: who asks for no gradient needs none
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = SPARSE_PREFILL.load(SPARSE_PREFILL.resolve(backend, q.device))
-    return run(
+    return SPARSE_PREFILL.load(backend)(
         q, kv, topk_indices, topk_length=topk_length, attn_sink=attn_sink,
         value_dim=value_dim, softmax_scale=softmax_scale, empty_lse=empty_lse,
+        deterministic=deterministic,
     )  # fmt: skip
 
 

@@ -31,9 +31,9 @@ def check_queries_and_keys(q: Tensor, kv: Tensor, value_dim: int) -> None:
 
 def check_lists(q: Tensor, topk_indices: Tensor, topk_length: Tensor | None) -> None:
     """The rows that each query names."""
-    if topk_indices.dim() != 2 or topk_indices.shape[0] != q.shape[0] or not topk_indices.shape[1]:
+    if topk_indices.dim() != 2 or topk_indices.shape[0] != q.shape[0]:
         got = list(topk_indices.shape)
-        raise ValueError(f"topk_indices must be [{q.shape[0]}, topk] with topk > 0, got {got}")
+        raise ValueError(f"topk_indices must be [{q.shape[0]}, topk], got {got}")
     if topk_indices.dtype != int32:
         raise ValueError(f"topk_indices must be int32, got {topk_indices.dtype}")
     if topk_indices.shape[1] > 1 and topk_indices.stride(1) != 1:

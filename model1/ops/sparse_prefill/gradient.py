@@ -32,8 +32,7 @@ def _sparse_prefill_backward(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = SPARSE_PREFILL_BACKWARD.load(SPARSE_PREFILL_BACKWARD.resolve(backend, q.device))
-    return run(
+    return SPARSE_PREFILL_BACKWARD.load(backend)(
         dout, q, kv, topk_indices, topk_length=topk_length, attn_sink=attn_sink, out=out, lse=lse,
         softmax_scale=softmax_scale, deterministic=deterministic,
     )  # fmt: skip
@@ -49,17 +48,19 @@ def _(dout: Tensor, q: Tensor, kv: Tensor, *args: Any) -> tuple[Tensor, Tensor, 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """What `sparse_prefill` keeps for its gradient, which passes through out alone."""
-    *tensors, _value_dim, softmax_scale, _empty_lse, deterministic, backend = inputs
+    *tensors, _value_dim, softmax_scale, _empty_lse, deterministic, _backend, asked = inputs
     out, max_logits, lse = output
     ctx.save_for_backward(*tensors, out, lse)
-    ctx.options = (softmax_scale, deterministic, backend)
+    ctx.options = (softmax_scale, deterministic, asked)
     ctx.mark_non_differentiable(max_logits, lse)
 
 
 def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of `sparse_prefill`, in their order."""
+    softmax_scale, deterministic, asked = ctx.options
     dq, dkv, dsink = torch.ops.model1.sparse_prefill_backward(
-        dout, *ctx.saved_tensors, *ctx.options
-    )
+        dout, *ctx.saved_tensors, softmax_scale, deterministic,
+        SPARSE_PREFILL_BACKWARD.resolve(asked, dout.device),
+    )  # fmt: skip
     has_sink = ctx.saved_tensors[4] is not None
-    return dq, dkv, None, None, dsink if has_sink else None, None, None, None, None, None
+    return dq, dkv, None, None, dsink if has_sink else None, *[None] * 6

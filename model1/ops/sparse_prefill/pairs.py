@@ -23,7 +23,7 @@ PAIR_BLOCK, PAIR_PIECE = 16, 128  # pairs and channels that a program adds at on
 
 def rows_per_buffer(pairs_per_row: int, d: int) -> int:
     """Queries whose pairs fit into the buffer."""
-    return max(1, PAIRS_BYTES // (4 * d * pairs_per_row))
+    return max(1, PAIRS_BYTES // max(1, 4 * d * pairs_per_row))
 
 
 @triton.jit(do_not_specialize=["topk", "num_tiles"])
@@ -54,7 +54,7 @@ def add_pairs(
 ) -> None:
     """Add pairs [rows * num_tiles * topk, d] of the rows of topk_indices to dkv [s, d], fp32."""
     (num_keys, d), topk = dkv.shape, topk_indices.shape[1]
-    if num_keys == 0:
+    if num_keys == 0 or topk == 0:
         return
     is_key = (topk_indices >= 0) & (topk_indices < num_keys)
     if topk_length is not None:

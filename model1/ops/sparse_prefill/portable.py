@@ -108,9 +108,14 @@ def sparse_prefill_triton(
     value_dim: int,
     softmax_scale: float,
     empty_lse: float,
+    deterministic: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `model1.ops.sparse_prefill.sparse_prefill`; `config` replaces the table's choice."""
+    """See `model1.ops.sparse_prefill.sparse_prefill`; `config` replaces the table's choice.
+
+    A row's bits depend on its own valid entries alone, with `deterministic` and without: no list is
+    split, and a tile without a valid entry changes nothing.
+    """
     check_dtype(q)
     t, h, d = q.shape
     config = config or forward_config(device_target(q.device), h, d, q.element_size())

@@ -14,11 +14,21 @@ from torch import Tensor
 GATHERED_BYTES = 1 << 26  # size of the keys gathered at a time, unless one query needs more
 
 
-def _row_chunks(topk_indices: Tensor, d: int, dtype: torch.dtype) -> Iterator[slice]:
+def _chunks(
+    topk_indices: Tensor, is_valid: Tensor, d: int, dtype: torch.dtype, deterministic: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows to compute together, their lists, and which entries count.
+
+    A padded sum may round otherwise: a deterministic row is alone with the entries that count.
+    """
     t, topk = topk_indices.shape
-    rows = max(1, GATHERED_BYTES // (topk * d * dtype.itemsize))
-    for first in range(0, t, rows):
-        yield slice(first, min(first + rows, t))
+    step = 1 if deterministic else max(1, GATHERED_BYTES // max(1, topk * d * dtype.itemsize))
+    for first in range(0, t, step):
+        rows = slice(first, min(first + step, t))
+        index, counts = topk_indices[rows], is_valid[rows]
+        if deterministic:
+            index, counts = index[counts][None], counts[counts][None]
+        yield rows, index, counts
 
 
 def _valid_entries(topk_indices: Tensor, topk_length: Tensor | None, num_keys: int) -> Tensor:
@@ -59,6 +69,7 @@ def sparse_prefill_ref(
     value_dim: int,
     softmax_scale: float,
     empty_lse: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `model1.ops.sparse_prefill.sparse_prefill`."""
     t, h, d = q.shape
@@ -67,10 +78,11 @@ def sparse_prefill_ref(
     max_logits = torch.empty(t, h, dtype=dtype, device=q.device)
     lse = torch.empty(t, h, dtype=dtype, device=q.device)
     is_valid = _valid_entries(topk_indices, topk_length, kv.shape[0])
-    for rows in _row_chunks(topk_indices, d, dtype):
-        keys = _gather(kv, topk_indices[rows], is_valid[rows], dtype)
-        logits = _logits(q[rows].to(dtype), keys, is_valid[rows], softmax_scale)
-        max_logits[rows] = logits.amax(-1)
+    for rows, index, counts in _chunks(topk_indices, is_valid, d, dtype, deterministic):
+        keys = _gather(kv, index, counts, dtype)
+        # a copy lies where any allocation does, whatever the row's place in the batch
+        logits = _logits(q[rows].to(dtype).clone(), keys, counts, softmax_scale)
+        max_logits[rows] = logits.amax(-1) if index.shape[1] else float("-inf")
         lse[rows] = torch.logsumexp(logits, -1)
         p = _probabilities(logits, lse[rows], attn_sink)
         out[rows] = torch.bmm(p, keys[..., :value_dim]).to(q.dtype)
@@ -101,9 +113,9 @@ def sparse_prefill_backward_ref(
     dsink = torch.zeros(0 if attn_sink is None else q.shape[1], dtype=dtype, device=q.device)
     is_valid = _valid_entries(topk_indices, topk_length, kv.shape[0])
     value_dim = out.shape[-1]
-    for rows in _row_chunks(topk_indices, q.shape[-1], dtype):
-        index, counts = topk_indices[rows], is_valid[rows]
-        queries, grads = q[rows].to(dtype), dout[rows].to(dtype)
+    chunks = _chunks(topk_indices, is_valid, q.shape[-1], dtype, deterministic)
+    for rows, index, counts in chunks:
+        queries, grads = q[rows].to(dtype).clone(), dout[rows].to(dtype).clone()
         keys = _gather(kv, index, counts, dtype)
         logits = _logits(queries, keys, counts, softmax_scale)
         row_lse = torch.logsumexp(logits, -1)
