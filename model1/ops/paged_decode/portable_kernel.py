@@ -143,8 +143,7 @@ def _attend(
     largest = tl.full([BLOCK_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     block_ids = _block_ids(table_ptr, start, offs_n, end, BLOCK_SIZE, BLOCK_N)
-    # nothing is kept in registers from tile to tile that can be computed again
-    for n in tl.range(start, end, BLOCK_N, disable_licm=SPLIT_SCORES):
+    for n in tl.range(start, end, BLOCK_N, disable_licm=BLOCK_M > 16):  # see IS_TIGHT
         is_key = n + offs_n < end
         offs = (n + offs_n) % BLOCK_SIZE
         k = ()
@@ -163,6 +162,36 @@ def _attend(
             SPLIT_SCORES,
         )  # fmt: skip
     return out, largest, total
+
+
+@triton.jit
+def _finish(
+    out, largest, total, is_whole, slot, tile, row_tiles, request, zero, s_q, empty_lse,
+    cu_seqlens_q_ptr, attn_sink_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+    VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, HKV: tl.constexpr, SCHEDULE: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of rows: the result if is_whole, else what the combine kernel reads.
+
+    zero: 0, which the compiler must not know. What the rows are is computed with it once more:
+    kept from before the loop over the keys, where registers are scarcest, it would spill.
+    """
+    offs_r = tile % row_tiles * BLOCK_M + zero + tl.arange(0, BLOCK_M)
+    query = offs_r // GROUP
+    head = tile // row_tiles * GROUP + offs_r % GROUP
+    is_row = query < num_queries_of(cu_seqlens_q_ptr, request + zero, s_q)
+    log2_sum, normalizer = log2_sum_of(largest, total)
+    if is_whole:
+        first_query = first_query_of(cu_seqlens_q_ptr, request + zero, s_q)
+        row = (first_query + query) * (HKV * GROUP) + head
+        tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)
+        if attn_sink_ptr is not None:
+            normalizer *= sink_factor(attn_sink_ptr, head, is_row, log2_sum)
+        _store(out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
+    elif SCHEDULE != WHOLE:
+        row = (slot.to(tl.int64) * (row_tiles * HKV) + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(partial_lse_ptr + row, log2_sum, mask=is_row)
+        _store(partial_out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
 
 
 # These change from call to call: a kernel for each kind of number would be compiled in mid-service.
@@ -245,9 +274,9 @@ def _flash_fwd_splitkv_mla_kernel(
     head = kv_head * GROUP + offs_r % GROUP
     if HKV > 1:
         kv_ptr += kv_head.to(tl.int64) * stride_head
-    # What the inner loop needs is computed again for each request where no registers are left to
-    # keep it; found by compiling for every target.
-    IS_TIGHT: tl.constexpr = BLOCK_M * BLOCK_N > 1024 or (SCHEDULE == FIXED and BLOCK_M > 16)
+    # With more rows nothing is kept in registers, from tile to tile of keys or from request to
+    # request, that can be computed again: none are left. Found by compiling for every target.
+    IS_TIGHT: tl.constexpr = BLOCK_M > 16
     for index in tl.range(first_request, last_request + 1, disable_licm=IS_TIGHT):  # pyright: ignore
         request = tl.full([], index, tl.int32)  # the interpreter counts in Python's integers
         num_queries = num_queries_of(cu_seqlens_q_ptr, request, s_q)
@@ -264,11 +293,10 @@ def _flash_fwd_splitkv_mla_kernel(
                 last_query = tl.minimum(tl.max(query, 0), num_queries - 1)
                 end = tl.minimum(end, seqlen - (num_queries - 1 - last_query))
                 num_keys = tl.minimum(num_keys, end)
-            first_query = first_query_of(cu_seqlens_q_ptr, request, s_q)
             if cu_seqlens_q_ptr is None:
                 q_rows = q_ptr + request.to(tl.int64) * stride_qb
             else:
-                q_rows = q_ptr + first_query * stride_qs
+                q_rows = q_ptr + first_query_of(cu_seqlens_q_ptr, request, s_q) * stride_qs
             offs_q = query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
             q = ()
             for i in tl.static_range(len(PIECES)):
@@ -282,18 +310,12 @@ def _flash_fwd_splitkv_mla_kernel(
                 STRIDE_SCALE_ROW, PIECES, NUM_VALUE_PIECES, CAUSAL, HAS_FP8, COMPUTE, SPLIT_SCORES,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            log2_sum, normalizer = log2_sum_of(largest, total)
-            if is_whole:
-                row = (first_query + query) * (HKV * GROUP) + head
-                tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)
-                if attn_sink_ptr is not None:
-                    normalizer *= sink_factor(attn_sink_ptr, head, is_row, log2_sum)
-                _store(out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
-            elif SCHEDULE != WHOLE:
-                slot = 2 * part + (first_tile == 0) if SCHEDULE == BALANCED else part
-                row = (slot.to(tl.int64) * (row_tiles * HKV) + tile) * BLOCK_M
-                row += tl.arange(0, BLOCK_M)
-                tl.store(partial_lse_ptr + row, log2_sum, mask=is_row)
-                _store(partial_out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
+            slot = 2 * part + (first_tile == 0) if SCHEDULE == BALANCED else part
+            _finish(
+                out, largest, total, is_whole, slot, tile, row_tiles, request,
+                tl.minimum(max_seqlen, 0), s_q, empty_lse, cu_seqlens_q_ptr, attn_sink_ptr,
+                out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, VALUE_DIM, GROUP, HKV,
+                SCHEDULE, BLOCK_M, PIECES,
+            )  # fmt: skip
         if SCHEDULE == BALANCED:
             first, last = first * 0, last - request_tiles

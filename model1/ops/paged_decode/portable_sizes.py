@@ -80,24 +80,22 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
         return Config(block_m=16, block_n=16, num_warps=4, num_stages=1)
     if target.kind == "hip":
         return Config(block_m=16, block_n=32, num_warps=4, num_stages=2 if is_fp8 else 1)
-    has_large_shared_memory = target.arch in (80, 90, 100)  # the others have 99 KB per block
     if rows > 32 and target.arch == 90:
         # 64 rows fill the matrix unit; two steps of 64 keys of 576 channels fill shared memory
         channels = 128 if is_fp8 else 512
         return Config(
             block_m=64, block_n=64, channels=channels, num_warps=8, num_stages=2, split_scores=True
         )
-    if rows > 16:
-        # Under a causal mask these two spill 8 to 88 bytes (docs/kernel_resources.md). What does
-        # not was 11 % slower on an H200 in bf16; in FP8 the others tried spilled as well.
-        if is_fp8:
-            return Config(block_m=32, block_n=16, num_warps=8, num_stages=2)
-        if target.arch == 90:
-            return Config(block_m=32, block_n=64, channels=64, num_warps=4, num_stages=3)
-        block_n = 32 if has_large_shared_memory else 16
-        return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
     if is_fp8:
         return Config(block_m=16, block_n=32, num_warps=8, num_stages=2)
+    if rows > 16:
+        if target.arch == 90:
+            return Config(
+                block_m=32, block_n=32, channels=64, num_warps=4, num_stages=3, tiles_per_sm=2
+            )
+        has_large_shared_memory = target.arch in (80, 100)  # the others have 99 KB per block
+        block_n = 32 if has_large_shared_memory else 16
+        return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
     if target.arch in (90, 100):
         return Config(block_m=16, block_n=32, num_warps=4, num_stages=3, tiles_per_sm=2)
     return Config(block_m=16, block_n=32, num_warps=8, num_stages=3)

@@ -2,8 +2,8 @@
 # Parameters of Triton functions have no Python type. ROW is a `RowFormat`, at compile time.
 """Reading cached token rows piece by piece, whatever their layout: Triton device functions.
 
-A piece is at most 128 neighbouring channels, a power of two, and lies on one side of the border
-between plain and rotary channels. Whole rows at once would be tiles that spill registers.
+A piece is at most 128 neighbouring channels, a power of two, and in an 8-bit row lies on one side
+of the border between plain and rotary channels. Whole rows at once would be tiles that spill registers.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class RowFormat:
 @triton.constexpr_function
 def _pieces(row_format):
     """(first channel, width) of every piece."""
-    pieces, start = [], 0
-    for end in (row_format.d_nope, row_format.d_nope + row_format.d_rope):
+    pieces, start, d = [], 0, row_format.d_nope + row_format.d_rope
+    for end in (row_format.d_nope, d) if row_format.layout.endswith("_fp8") else (d,):
         while start < end:
             width = min(128, 1 << ((end - start).bit_length() - 1))
             pieces.append((start, width))
