@@ -2,8 +2,9 @@
 # Parameters of Triton functions have no Python type. ROW is a `RowFormat`, at compile time.
 """Reading cached token rows piece by piece, whatever their layout: Triton device functions.
 
-A piece is at most 128 neighbouring channels, a power of two, and in an 8-bit row lies on one side
-of the border between plain and rotary channels. Whole rows at once would be tiles that spill registers.
+A piece is at most 128 neighbouring channels, a power of two; in an 8-bit row it lies on one side of
+the border between plain and rotary channels. Whole rows at once would be tiles that spill
+registers.
 """
 
 from __future__ import annotations
