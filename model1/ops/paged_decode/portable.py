@@ -200,6 +200,7 @@ def _main_constants(
         "HAS_FP8": target.has_fp8,
         "COMPUTE": _TYPES[problem.dtype],
         "SPLIT_SCORES": config.split_scores,
+        "IS_TIGHT": config.is_tight,
         **_shared_constants(problem, config, form),
     }
 

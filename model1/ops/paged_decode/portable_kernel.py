@@ -129,8 +129,8 @@ def _attend(
     D_NOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STRIDE_ROW: tl.constexpr,
     STRIDE_ROPE_ROW: tl.constexpr, STRIDE_SCALE_ROW: tl.constexpr, PIECES: tl.constexpr,
     NUM_VALUE_PIECES: tl.constexpr, CAUSAL: tl.constexpr, HAS_FP8: tl.constexpr,
-    COMPUTE: tl.constexpr, SPLIT_SCORES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr, SPLIT_SCORES: tl.constexpr, IS_TIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Keys start <= n < end: the sum of weighted values per piece, the maximum, the sum of weights.
 
@@ -143,7 +143,7 @@ def _attend(
     largest = tl.full([BLOCK_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     block_ids = _block_ids(table_ptr, start, offs_n, end, BLOCK_SIZE, BLOCK_N)
-    for n in tl.range(start, end, BLOCK_N, disable_licm=BLOCK_M > 16):  # see IS_TIGHT
+    for n in tl.range(start, end, BLOCK_N, disable_licm=IS_TIGHT):
         is_key = n + offs_n < end
         offs = (n + offs_n) % BLOCK_SIZE
         k = ()
@@ -245,6 +245,7 @@ def _flash_fwd_splitkv_mla_kernel(
     HAS_FP8: tl.constexpr,
     COMPUTE: tl.constexpr,
     SPLIT_SCORES: tl.constexpr,  # see `attend_tile`
+    IS_TIGHT: tl.constexpr,  # see `Config`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -274,9 +275,6 @@ def _flash_fwd_splitkv_mla_kernel(
     head = kv_head * GROUP + offs_r % GROUP
     if HKV > 1:
         kv_ptr += kv_head.to(tl.int64) * stride_head
-    # With more rows nothing is kept in registers, from tile to tile of keys or from request to
-    # request, that can be computed again: none are left. Found by compiling for every target.
-    IS_TIGHT: tl.constexpr = BLOCK_M > 16
     for index in tl.range(first_request, last_request + 1, disable_licm=IS_TIGHT):  # pyright: ignore
         request = tl.full([], index, tl.int32)  # the interpreter counts in Python's integers
         num_queries = num_queries_of(cu_seqlens_q_ptr, request, s_q)
@@ -308,7 +306,7 @@ def _flash_fwd_splitkv_mla_kernel(
                 q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys,
                 softmax_scale * LOG2_E, D_NOPE, BLOCK_SIZE, TILE, STRIDE_ROW, STRIDE_ROPE_ROW,
                 STRIDE_SCALE_ROW, PIECES, NUM_VALUE_PIECES, CAUSAL, HAS_FP8, COMPUTE, SPLIT_SCORES,
-                BLOCK_M, BLOCK_N,
+                IS_TIGHT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             slot = 2 * part + (first_tile == 0) if SCHEDULE == BALANCED else part
             _finish(
