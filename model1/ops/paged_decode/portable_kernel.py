@@ -129,8 +129,9 @@ def _attend(
     logit_scale, GROUP: tl.constexpr, D_NOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, STRIDE_ROW: tl.constexpr, STRIDE_ROPE_ROW: tl.constexpr,
     STRIDE_SCALE_ROW: tl.constexpr, PIECES: tl.constexpr, NUM_VALUE_PIECES: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_FP8: tl.constexpr, COMPUTE: tl.constexpr, SPLIT_SCORES: tl.constexpr, IS_TIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_FP8: tl.constexpr, COMPUTE: tl.constexpr,
+    SPLIT_SCORES: tl.constexpr, IS_TIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Keys start <= n < end: the sum of weighted values per piece, the maximum, the sum of weights.
 

@@ -95,7 +95,7 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
     if rows > 16:
         if target.arch == 90:
             # 64 keys are 9 % faster, but would spill unless the work is cut into equal parts
-            has_equal_parts = problem.hkv == 1 and 0 < problem.max_seqlen
+            has_equal_parts = problem.hkv == 1 and problem.max_seqlen > 0
             has_equal_parts &= problem.b <= _MAX_BALANCED_REQUESTS
             if problem.is_ragged or problem.deterministic or not has_equal_parts:
                 block_n, tiles_per_sm = 32, 2
