@@ -83,7 +83,7 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
         return Config(block_m=16, block_n=16, num_warps=4, num_stages=1)
     if target.kind == "hip":
         return Config(block_m=16, block_n=32, num_warps=4, num_stages=2 if is_fp8 else 1)
-    if target.arch == 90 and rows > (16 if is_fp8 else 32):
+    if target.arch == 90 and (is_fp8 or rows > 32):
         # 64 rows fill the matrix unit; two steps of 64 keys of 576 channels fill shared memory
         channels = 128 if is_fp8 else 512
         return Config(
@@ -94,22 +94,22 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
         return Config(block_m=16, block_n=32, num_warps=8, num_stages=2)
     if rows > 16:
         if target.arch == 90:
-            # 64 keys are 9 % faster, but would spill unless the work is cut into equal parts
+            # 64 keys are 18 % faster, but would spill unless the work is cut into equal parts
             has_equal_parts = problem.hkv == 1 and problem.max_seqlen > 0
             has_equal_parts &= problem.b <= _MAX_BALANCED_REQUESTS
-            if problem.is_ragged or problem.deterministic or not has_equal_parts:
-                block_n, tiles_per_sm = 32, 2
-            else:
-                block_n, tiles_per_sm = 64, 1
+            is_long = has_equal_parts and not problem.is_ragged and not problem.deterministic
             return Config(
-                block_m=32, block_n=block_n, channels=64, num_warps=4, num_stages=3,
-                is_tight=True, tiles_per_sm=tiles_per_sm,
+                block_m=32, block_n=64 if is_long else 32, channels=64, num_warps=4,
+                num_stages=2 if is_long else 3, is_tight=True, tiles_per_sm=2,
             )  # fmt: skip
         has_large_shared_memory = target.arch in (80, 100)  # the others have 99 KB per block
         block_n = 32 if has_large_shared_memory else 16
         return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
     if target.arch in (90, 100):
-        return Config(block_m=16, block_n=32, num_warps=4, num_stages=3, tiles_per_sm=2)
+        channels = 64 if problem.is_ragged else 128  # ragged pieces of 128 channels would spill
+        return Config(
+            block_m=16, block_n=32, channels=channels, num_warps=4, num_stages=3, tiles_per_sm=2
+        )
     return Config(block_m=16, block_n=32, num_warps=8, num_stages=3)
 
 
