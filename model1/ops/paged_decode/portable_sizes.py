@@ -71,7 +71,7 @@ class Schedule:
 def choose_config(target: KernelTarget, problem: Problem) -> Config:
     """The sizes for a GPU; BackendUnavailable for too many channels.
 
-    Measured in bf16 on an H200, 2026-11-22 (docs/log.md); on other GPUs what fits.
+    Measured on an H200, 2026-11-22 and 2026-12-01 (docs/log.md); on other GPUs what fits.
     """
     if problem.d > _MAX_CHANNELS:
         got = problem.d
@@ -94,7 +94,7 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
         return Config(block_m=16, block_n=32, num_warps=8, num_stages=2)
     if rows > 16:
         if target.arch == 90:
-            # 64 keys are 18 % faster, but would spill unless the work is cut into equal parts
+            # 64 keys take 16 % less time, but would spill unless all parts are equal
             has_equal_parts = problem.hkv == 1 and problem.max_seqlen > 0
             has_equal_parts &= problem.b <= _MAX_BALANCED_REQUESTS
             is_long = has_equal_parts and not problem.is_ragged and not problem.deterministic
