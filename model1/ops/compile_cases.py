@@ -37,4 +37,3 @@ class CompileCase:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
-    may_spill: bool = False  # the choice of sizes says why

@@ -188,7 +188,6 @@ def test_problems_are_named() -> None:
     assert replace(row, spill_bytes=8).problem() is None
     spilling = replace(row, target="sm_90", spill_bytes=8)
     assert spilling.problem() == "sparse_decode.portable split sm_90: spills 8 bytes"
-    assert replace(spilling, may_spill=True).problem() is None
     greedy = replace(row, shared_bytes=(99 << 10) + 1)
     assert "101377 bytes of shared memory, at most 101376" in (greedy.problem() or "")
     assert "at most 512" in (replace(row, tensor_columns=656, is_trap=True).problem() or "")

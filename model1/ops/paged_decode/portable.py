@@ -206,6 +206,7 @@ def _main_constants(
         "HAS_FP8": target.has_fp8,
         "COMPUTE": _TYPES[problem.dtype],
         "SPLIT_SCORES": config.split_scores,
+        "IS_TIGHT": config.is_tight,
         **_shared_constants(problem, config, form),
     }
 
@@ -238,51 +239,88 @@ def _combine_constants(
     }  # fmt: skip
 
 
+_MODEL1, _V32 = KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64)
+_ENGINE = {"causal": True, "is_ragged": True}
+# Query heads, queries, parts and what is not plain: bf16, no mask, as many queries each, no sink.
+_LAUNCHES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
+    (16, 1, "balanced", {}),
+    (16, 1, "balanced", _ENGINE),
+    (16, 2, "balanced", {"causal": True}),
+    (16, 2, "whole", _ENGINE),
+    (128, 1, "balanced", {}),
+    (128, 2, "balanced", {"causal": True}),
+    (128, 1, "fixed", {"causal": True}),
+    (128, 2, "whole", {"causal": True}),
+    (128, 1, "whole", _ENGINE),
+    (128, 2, "balanced", {"causal": True, "dtype": torch.float16}),
+)
+_PLAIN_LAUNCHES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
+    (16, 1, "fixed", {}),
+    (16, 1, "whole", {}),
+    (16, 2, "balanced", {"causal": True, "dtype": torch.float16}),
+    (128, 1, "fixed", {}),
+    (128, 1, "whole", {}),
+)
+_WIDE_LAUNCHES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
+    (16, 2, "balanced", {"causal": True}),
+)
+
+
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Blocks of 64 tokens, in bf16 and in both FP8 forms, read by 16 and by 128 heads.
 
-    By 16 heads also with two queries under a causal mask, which needs the most registers, and so
-    the widest rows that MODEL1 has and the target takes.
+    As FlashMLA's interface and as the engine launch them (ragged, with a sink and a causal mask).
+    The widest rows that MODEL1 has and the target takes are read by 16 heads with two queries.
     """
     cases = []
     widest = max_channels(target, torch.bfloat16)
     for layout, d in (
-        (None, 512),
-        (None, 576),
-        (KVLayout("model1_fp8", 448, 64), 512),
-        (KVLayout("v32_fp8", 512, 64), 576),
+        (None, 512), (None, 576), (_MODEL1, 512), (_V32, 576),
         (KVLayout("model1_fp8", widest - 64, 64), widest),
-    ):
-        value_dim = 512 if d < widest else d
-        for h, s_q in ((16, 1), (16, 2), (128, 1)) if d < widest else ((16, 2),):
+    ):  # fmt: skip
+        launches = _LAUNCHES + (_PLAIN_LAUNCHES if layout is None else ())
+        for h, s_q, form, special in launches if d < widest else _WIDE_LAUNCHES:
+            options = {"dtype": torch.bfloat16, "causal": False} | special
             problem = Problem(
-                layout=layout, dtype=torch.bfloat16, d=d, value_dim=value_dim, group=h, hkv=1,
-                block_size=64, b=128, s_q=s_q, max_seqlen=1, softmax_scale=1.0, causal=s_q > 1,
-                empty_lse=0.0, deterministic=False, stored=torch.bfloat16,
+                layout=layout, d=d, value_dim=512 if d < widest else d, group=h, hkv=1, block_size=64, b=128, s_q=s_q,
+                max_seqlen=1, softmax_scale=1.0, empty_lse=0.0, deterministic=form == "fixed",
+                stored=options["dtype"], **options,
             )  # fmt: skip
             config = choose_config(target, problem)
-            name = f"{layout.name if layout else 'bf16'} {d} h{h}{' causal' if s_q > 1 else ''}"
-            is_plain = layout is None and s_q == 1
-            forms = ("balanced", "fixed", "whole") if is_plain else ("balanced",)
-            cases += [_main_case(name, problem, config, target, form) for form in forms]
-            if is_plain:
-                cases.append(_combine_case(name, problem, config, "balanced"))
+            cases.append(_main_case(problem, config, target, form))
+            if layout is None and form == "balanced" and not special:
+                cases.append(_combine_case(problem, config, form))
     return cases
 
 
 _SIGNATURE = {
-    "q_ptr": "*bf16", "rope_ptr": "*bf16", "block_table_ptr": "*i32", "cache_seqlens_ptr": "*i32",
+    "rope_ptr": "*bf16", "block_table_ptr": "*i32", "cache_seqlens_ptr": "*i32",
     "stride_table": "i32", "row_tiles": "i32", "softmax_scale": "fp32", "b": "i32", "s_q": "i32",
     "max_seqlen": "i32", "num_parts": "i32", "part_tiles": "i32", "max_chunks": "i32",
     "empty_lse": "fp32", "partial_out_ptr": "*fp32", "partial_lse_ptr": "*fp32",
-    "out_ptr": "*bf16", "lse_ptr": "*fp32",
+    "lse_ptr": "*fp32", "cu_seqlens_q_ptr": "*i32", "attn_sink_ptr": "*fp32",
 }  # fmt: skip
-_ABSENT = {"cu_seqlens_q_ptr": None, "attn_sink_ptr": None}
+_TYPE_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def _main_case(
-    name: str, problem: Problem, config: Config, target: KernelTarget, form: str
-) -> CompileCase:
+def _name(problem: Problem) -> str:
+    """What tells the launches apart but for their parts."""
+    words = [problem.layout.name if problem.layout else _TYPE_NAMES[problem.stored][1:]]
+    words += [str(problem.d), f"h{problem.group}"]
+    if problem.layout and problem.dtype == torch.float16:
+        words.append("fp16")
+    words += ["causal"] * problem.causal + ["ragged sink"] * problem.is_ragged
+    return " ".join(words)
+
+
+def _case_signature(problem: Problem) -> tuple[dict[str, str], dict[str, None]]:
+    """The types of the pointers that are there, and those that are not."""
+    types = dict.fromkeys(("q_ptr", "out_ptr"), _TYPE_NAMES[problem.dtype])
+    absent = {} if problem.is_ragged else {"cu_seqlens_q_ptr": None, "attn_sink_ptr": None}
+    return _SIGNATURE | types, absent
+
+
+def _main_case(problem: Problem, config: Config, target: KernelTarget, form: str) -> CompileCase:
     layout, d = problem.layout, problem.d
     stride_row = d if layout is None else layout.row_bytes
     # The launcher compiles for strides that are multiples of 16, which a signature cannot say.
@@ -291,28 +329,29 @@ def _main_case(
         "stride_block": problem.block_size * stride_row, "stride_head": stride_row,
         "STRIDE_ROW": stride_row,
     }  # fmt: skip
-    absent = _ABSENT | ({"rope_ptr": None, "scale_ptr": None} if layout is None else {})
+    signature, absent = _case_signature(problem)
+    absent |= {"rope_ptr": None, "scale_ptr": None} if layout is None else {}
     if form == "whole":
         absent |= {"partial_out_ptr": None, "partial_lse_ptr": None}
     scale = "*fp32" if layout is not None and layout.name == "v32_fp8" else "*i32"
-    kv = "*bf16" if layout is None else "*u8"
+    kv = _TYPE_NAMES[problem.stored] if layout is None else "*u8"
     return CompileCase(
-        name=f"flash_fwd_splitkv_mla {name} {form}",
+        name=f"flash_fwd_splitkv_mla {_name(problem)} {form}",
         kernel=_flash_fwd_splitkv_mla_kernel,
-        signature=_SIGNATURE | {"kv_ptr": kv, "scale_ptr": scale},
+        signature=signature | {"kv_ptr": kv, "scale_ptr": scale},
         constexprs=_main_constants(problem, config, form, target) | strides | absent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        may_spill=(problem.causal and config.block_m == 32) or problem.d > USUAL_CHANNELS,
     )
 
 
-def _combine_case(name: str, problem: Problem, config: Config, form: str) -> CompileCase:
+def _combine_case(problem: Problem, config: Config, form: str) -> CompileCase:
+    signature, absent = _case_signature(problem)
     return CompileCase(
-        name=f"flash_fwd_mla_combine {name}",
+        name=f"flash_fwd_mla_combine {_name(problem)}",
         kernel=_flash_fwd_mla_combine_kernel,
-        signature=_SIGNATURE,
-        constexprs=_combine_constants(problem, config, form, 1) | _ABSENT,
+        signature=signature,
+        constexprs=_combine_constants(problem, config, form, 1) | absent,
         num_warps=_COMBINE_WARPS,
         num_stages=1,
     )

@@ -125,16 +125,17 @@ def _store(
 
 @triton.jit
 def _attend(
-    q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys, logit_scale,
-    D_NOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STRIDE_ROW: tl.constexpr,
-    STRIDE_ROPE_ROW: tl.constexpr, STRIDE_SCALE_ROW: tl.constexpr, PIECES: tl.constexpr,
-    NUM_VALUE_PIECES: tl.constexpr, CAUSAL: tl.constexpr, HAS_FP8: tl.constexpr,
-    COMPUTE: tl.constexpr, SPLIT_SCORES: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, first_row, num_keys,
+    logit_scale, GROUP: tl.constexpr, D_NOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, STRIDE_ROW: tl.constexpr, STRIDE_ROPE_ROW: tl.constexpr,
+    STRIDE_SCALE_ROW: tl.constexpr, PIECES: tl.constexpr, NUM_VALUE_PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_FP8: tl.constexpr, COMPUTE: tl.constexpr,
+    SPLIT_SCORES: tl.constexpr, IS_TIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Keys start <= n < end: the sum of weighted values per piece, the maximum, the sum of weights.
 
-    With CAUSAL row r sees the first num_keys[r] of them only.
+    With CAUSAL row r, counted from first_row, sees the first num_keys + r // GROUP of them only.
     """
     out = ()
     for i in tl.static_range(NUM_VALUE_PIECES):
@@ -143,8 +144,7 @@ def _attend(
     largest = tl.full([BLOCK_M], LOWEST_LOGIT, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     block_ids = _block_ids(table_ptr, start, offs_n, end, BLOCK_SIZE, BLOCK_N)
-    # nothing is kept in registers from tile to tile that can be computed again
-    for n in tl.range(start, end, BLOCK_N, disable_licm=SPLIT_SCORES):
+    for n in tl.range(start, end, BLOCK_N, disable_licm=IS_TIGHT):
         is_key = n + offs_n < end
         offs = (n + offs_n) % BLOCK_SIZE
         k = ()
@@ -157,12 +157,47 @@ def _attend(
             k += (piece.to(COMPUTE),)
         # the next tile's blocks are on their way while this one is used
         block_ids = _block_ids(table_ptr, n + BLOCK_N, offs_n, end, BLOCK_SIZE, BLOCK_N)
-        is_visible = (n + offs_n)[None, :] < num_keys[:, None] if CAUSAL else is_key[None, :]
+        is_visible = is_key[None, :]
+        if CAUSAL:
+            # unsigned, so that the compiler sees rows of one query and keeps a number for all
+            query = (first_row + tl.arange(0, BLOCK_M)).to(tl.uint32) // GROUP
+            row_keys = num_keys + query.to(tl.int32)
+            is_visible = (n + offs_n)[None, :] < tl.minimum(row_keys, end)[:, None]
         out, largest, total = attend_tile(
             q, k, k, logit_scale, is_visible, out, largest, total, n < end, start < end,
             SPLIT_SCORES,
         )  # fmt: skip
     return out, largest, total
+
+
+@triton.jit
+def _finish(
+    out, largest, total, is_whole, slot, tile, row_tiles, request, zero, s_q, empty_lse,
+    cu_seqlens_q_ptr, attn_sink_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+    VALUE_DIM: tl.constexpr, GROUP: tl.constexpr, HKV: tl.constexpr, SCHEDULE: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of rows: the result if is_whole, else what the combine kernel reads.
+
+    zero: 0, which the compiler must not know. What the rows are is computed with it once more:
+    kept from before the loop over the keys, where registers are scarcest, it would spill.
+    """
+    offs_r = tile % row_tiles * BLOCK_M + zero + tl.arange(0, BLOCK_M)
+    query = offs_r // GROUP
+    head = tile // row_tiles * GROUP + offs_r % GROUP
+    is_row = query < num_queries_of(cu_seqlens_q_ptr, request + zero, s_q)
+    log2_sum, normalizer = log2_sum_of(largest, total)
+    if is_whole:
+        first_query = first_query_of(cu_seqlens_q_ptr, request + zero, s_q)
+        row = (first_query + query) * (HKV * GROUP) + head
+        tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)
+        if attn_sink_ptr is not None:
+            normalizer *= sink_factor(attn_sink_ptr, head, is_row, log2_sum)
+        _store(out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
+    elif SCHEDULE != WHOLE:
+        row = (slot.to(tl.int64) * (row_tiles * HKV) + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(partial_lse_ptr + row, log2_sum, mask=is_row)
+        _store(partial_out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
 
 
 # These change from call to call: a kernel for each kind of number would be compiled in mid-service.
@@ -216,6 +251,7 @@ def _flash_fwd_splitkv_mla_kernel(
     HAS_FP8: tl.constexpr,
     COMPUTE: tl.constexpr,
     SPLIT_SCORES: tl.constexpr,  # see `attend_tile`
+    IS_TIGHT: tl.constexpr,  # see `Config`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -239,36 +275,31 @@ def _flash_fwd_splitkv_mla_kernel(
             first = part % max_chunks * part_tiles
             last = first + part_tiles
 
-    offs_r = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = offs_r // GROUP
-    kv_head = tile // row_tiles
-    head = kv_head * GROUP + offs_r % GROUP
+    first_row = tile % row_tiles * BLOCK_M
     if HKV > 1:
-        kv_ptr += kv_head.to(tl.int64) * stride_head
-    # What the inner loop needs is computed again for each request where no registers are left to
-    # keep it; found by compiling for every target.
-    IS_TIGHT: tl.constexpr = BLOCK_M * BLOCK_N > 1024 or (SCHEDULE == FIXED and BLOCK_M > 16)
+        kv_ptr += (tile // row_tiles).to(tl.int64) * stride_head
     for index in tl.range(first_request, last_request + 1, disable_licm=IS_TIGHT):  # pyright: ignore
         request = tl.full([], index, tl.int32)  # the interpreter counts in Python's integers
         num_queries = num_queries_of(cu_seqlens_q_ptr, request, s_q)
-        is_row = query < num_queries
         seqlen = seqlen_of(cache_seqlens_ptr, request, max_seqlen)
         request_tiles = tiles_of(seqlen, BLOCK_N)
         first_tile = first
         last_tile = request_tiles if SCHEDULE == WHOLE else tl.minimum(last, request_tiles)
         is_whole = (first_tile == 0) & (last_tile == request_tiles)
-        if (first_tile < last_tile) & (tile % row_tiles * BLOCK_M < num_queries * GROUP):
+        if (first_tile < last_tile) & (first_row < num_queries * GROUP):
+            offs_r = first_row + tl.arange(0, BLOCK_M)
+            query = offs_r // GROUP
+            head = tile // row_tiles * GROUP + offs_r % GROUP
+            is_row = query < num_queries
             start, end = first_tile * BLOCK_N, tl.minimum(last_tile * BLOCK_N, seqlen)
-            num_keys = seqlen - (num_queries - 1 - query) if CAUSAL else query
+            num_keys = seqlen - (num_queries - 1)  # of the first query
             if CAUSAL:
-                last_query = tl.minimum(tl.max(query, 0), num_queries - 1)
-                end = tl.minimum(end, seqlen - (num_queries - 1 - last_query))
-                num_keys = tl.minimum(num_keys, end)
-            first_query = first_query_of(cu_seqlens_q_ptr, request, s_q)
+                last_query = tl.minimum((first_row + BLOCK_M - 1) // GROUP, num_queries - 1)
+                end = tl.minimum(end, num_keys + last_query)
             if cu_seqlens_q_ptr is None:
                 q_rows = q_ptr + request.to(tl.int64) * stride_qb
             else:
-                q_rows = q_ptr + first_query * stride_qs
+                q_rows = q_ptr + first_query_of(cu_seqlens_q_ptr, request, s_q) * stride_qs
             offs_q = query.to(tl.int64) * stride_qs + head.to(tl.int64) * stride_qh
             q = ()
             for i in tl.static_range(len(PIECES)):
@@ -277,23 +308,17 @@ def _flash_fwd_splitkv_mla_kernel(
                 q += (tl.load(q_rows + offs_q[:, None] + offs_c[None, :], mask=mask, other=0.0),)
             table_ptr = block_table_ptr + request.to(tl.int64) * stride_table
             out, largest, total = _attend(
-                q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, num_keys,
-                softmax_scale * LOG2_E, D_NOPE, BLOCK_SIZE, TILE, STRIDE_ROW, STRIDE_ROPE_ROW,
-                STRIDE_SCALE_ROW, PIECES, NUM_VALUE_PIECES, CAUSAL, HAS_FP8, COMPUTE, SPLIT_SCORES,
-                BLOCK_M, BLOCK_N,
+                q, kv_ptr, rope_ptr, scale_ptr, table_ptr, stride_block, start, end, first_row,
+                num_keys, softmax_scale * LOG2_E, GROUP, D_NOPE, BLOCK_SIZE, TILE, STRIDE_ROW,
+                STRIDE_ROPE_ROW, STRIDE_SCALE_ROW, PIECES, NUM_VALUE_PIECES, CAUSAL, HAS_FP8,
+                COMPUTE, SPLIT_SCORES, IS_TIGHT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            log2_sum, normalizer = log2_sum_of(largest, total)
-            if is_whole:
-                row = (first_query + query) * (HKV * GROUP) + head
-                tl.store(lse_ptr + row, natural_lse(log2_sum, empty_lse), mask=is_row)
-                if attn_sink_ptr is not None:
-                    normalizer *= sink_factor(attn_sink_ptr, head, is_row, log2_sum)
-                _store(out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
-            elif SCHEDULE != WHOLE:
-                slot = 2 * part + (first_tile == 0) if SCHEDULE == BALANCED else part
-                row = (slot.to(tl.int64) * (row_tiles * HKV) + tile) * BLOCK_M
-                row += tl.arange(0, BLOCK_M)
-                tl.store(partial_lse_ptr + row, log2_sum, mask=is_row)
-                _store(partial_out_ptr, out, normalizer, row, is_row, VALUE_DIM, PIECES)
+            slot = 2 * part + (first_tile == 0) if SCHEDULE == BALANCED else part
+            _finish(
+                out, largest, total, is_whole, slot, tile, row_tiles, request,
+                tl.minimum(max_seqlen, 0), s_q, empty_lse, cu_seqlens_q_ptr, attn_sink_ptr,
+                out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, VALUE_DIM, GROUP, HKV,
+                SCHEDULE, BLOCK_M, PIECES,
+            )  # fmt: skip
         if SCHEDULE == BALANCED:
             first, last = first * 0, last - request_tiles

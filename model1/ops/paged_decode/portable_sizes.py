@@ -47,6 +47,9 @@ class Config:
     num_warps: int
     num_stages: int
     split_scores: bool = False  # two warp groups share a score product: 64 rows on Hopper
+    # Nothing is kept in registers, from step to step or from request to request, that can be
+    # computed again: none are left. Found by compiling for every target.
+    is_tight: bool = False
     tiles_per_sm: int = 1  # that run at the same time
     num_parts: int | None = None  # None: from the shapes
     min_part_keys: int = 128  # a shorter part costs more to merge than it saves
@@ -68,14 +71,14 @@ class Schedule:
 def choose_config(target: KernelTarget, problem: Problem) -> Config:
     """The sizes for a GPU; BackendUnavailable for too many channels.
 
-    Measured in bf16 on an H200, 2026-11-22 (docs/log.md); on other GPUs what fits.
+    Measured on an H200, 2026-11-22 and 2026-12-01 (docs/log.md); on other GPUs what fits.
     """
     if problem.d > (most := max_channels(target, problem.dtype)):
         got = problem.d
         raise BackendUnavailable(f"paged_decode/triton takes {most} channels here, got {got}")
     if problem.d > USUAL_CHANNELS and target.kind == "cuda":  # the tile that fits
-        # right, not fast: no model has such rows; on sm_80 up to 128 bytes are spilled
-        return Config(block_m=16, block_n=16, num_warps=8, num_stages=1)
+        # right, not fast: no model has such rows
+        return Config(block_m=16, block_n=16, num_warps=8, num_stages=1, is_tight=True)
     # a choice that followed the batch's longest query would change the bits of its mates
     rows = problem.group * (1 if problem.deterministic else problem.s_q)
     is_fp8 = problem.layout is not None
@@ -83,26 +86,33 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
         return Config(block_m=16, block_n=16, num_warps=4, num_stages=1)
     if target.kind == "hip":
         return Config(block_m=16, block_n=32, num_warps=4, num_stages=2 if is_fp8 else 1)
-    has_large_shared_memory = target.arch in (80, 90, 100)  # the others have 99 KB per block
-    if rows > 32 and target.arch == 90:
+    if target.arch == 90 and (is_fp8 or rows > 32):
         # 64 rows fill the matrix unit; two steps of 64 keys of 576 channels fill shared memory
         channels = 128 if is_fp8 else 512
         return Config(
-            block_m=64, block_n=64, channels=channels, num_warps=8, num_stages=2, split_scores=True
-        )
-    if rows > 16:
-        # Under a causal mask these two spill 8 to 88 bytes (docs/kernel_resources.md). What does
-        # not was 11 % slower on an H200 in bf16; in FP8 the others tried spilled as well.
-        if is_fp8:
-            return Config(block_m=32, block_n=16, num_warps=8, num_stages=2)
-        if target.arch == 90:
-            return Config(block_m=32, block_n=64, channels=64, num_warps=4, num_stages=3)
-        block_n = 32 if has_large_shared_memory else 16
-        return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
+            block_m=64, block_n=64, channels=channels, num_warps=8, num_stages=2,
+            split_scores=True, is_tight=True,
+        )  # fmt: skip
     if is_fp8:
         return Config(block_m=16, block_n=32, num_warps=8, num_stages=2)
+    if rows > 16:
+        if target.arch == 90:
+            # 64 keys take 16 % less time, but would spill unless all parts are equal
+            has_equal_parts = problem.hkv == 1 and problem.max_seqlen > 0
+            has_equal_parts &= problem.b <= _MAX_BALANCED_REQUESTS
+            is_long = has_equal_parts and not problem.is_ragged and not problem.deterministic
+            return Config(
+                block_m=32, block_n=64 if is_long else 32, channels=64, num_warps=4,
+                num_stages=2 if is_long else 3, is_tight=True, tiles_per_sm=2,
+            )  # fmt: skip
+        has_large_shared_memory = target.arch in (80, 100)  # the others have 99 KB per block
+        block_n = 32 if has_large_shared_memory else 16
+        return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
     if target.arch in (90, 100):
-        return Config(block_m=16, block_n=32, num_warps=4, num_stages=3, tiles_per_sm=2)
+        channels = 64 if problem.is_ragged else 128  # ragged pieces of 128 channels would spill
+        return Config(
+            block_m=16, block_n=32, channels=channels, num_warps=4, num_stages=3, tiles_per_sm=2
+        )
     return Config(block_m=16, block_n=32, num_warps=8, num_stages=3)
 
 

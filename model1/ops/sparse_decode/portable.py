@@ -105,7 +105,6 @@ def choose_config(target: KernelTarget, h: int, dtype: torch.dtype, layout: KVLa
     if target.kind == "hip":
         return Config(block_h=16, block_n=16, num_warps=4, num_stages=1, programs_per_sm=2)
     if target.arch == 90 and h > 32:
-        # over bf16 rows this spills 24 bytes; with 32 keys it does not and was 23 % slower
         return Config(block_h=64, block_n=64, num_warps=8, num_stages=2, split_scores=True)
     if target.arch not in (80, 90, 100):  # 99 KB of shared memory
         if h > 16:
@@ -286,46 +285,70 @@ _TYPES = {
     "divisor": "i64", "extra_divisor": "i64",
 }  # fmt: skip
 _OPTIONAL = ("sink_ptr", "length_ptr", "extra_kv_ptr", "extra_slots_ptr", "extra_length_ptr")
+_LAYOUTS = (
+    KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64),
+    KVLayout("bf16", 448, 64), KVLayout("bf16", 512, 64),
+)  # fmt: skip
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """MODEL1 with a second cache, lengths and a sink, V3.2 and bf16 without; 16, 32, 128 heads.
+    """MODEL1 with a second cache, lengths and a sink, V3.2 without; 16, 32 and 128 heads.
 
-    And the widest rows that MODEL1 has and the target takes.
+    Also of fp16 queries, and as the engine launches it: bare and to an fp32 result; and the widest
+    rows that MODEL1 has and the target takes.
     """
     cases = []
-    widest = max_channels(target, torch.bfloat16) - 64
-    for layout in (
-        KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64), KVLayout("bf16", 512, 64),
-        KVLayout("model1_fp8", widest, 64),
-    ):  # fmt: skip
-        has_all, name = layout.name == "model1_fp8", f"{layout.name} {layout.d}"
-        value_dim = max(512, layout.d) if has_all else 512
-        for h in (16, 32, 128) if layout.d <= USUAL_CHANNELS else (128,):
-            config = choose_config(target, h, torch.bfloat16, layout)
-            # contiguous queries: the launcher sees that their strides are multiples of 16
-            strides = {"stride_q_b": h * layout.d, "stride_q_s": h * layout.d}
-            constants = strides | {"stride_q_h": layout.d}
-            constants |= _constants(layout, value_dim, config, target)
-            kernel = _flash_fwd_splitkv_mla_fp8_sparse_kernel
-            options = launch_options(config.num_warps, config.num_stages)
-            options["may_spill"] = not layout.is_fp8 and config.block_h == 64
-            cases.append(_case(f"{name} h{h}", kernel, constants, options, has_all))
-        lengths, options = {"BLOCK": _LIST_BLOCK}, launch_options(_LIST_WARPS, 1)
-        kernel = _sparse_list_lengths_kernel
-        cases.append(_case(f"{name} list lengths", kernel, lengths, options, has_all))
-        kernel, options = _flash_fwd_mla_combine_kernel, launch_options(_COMBINE_WARPS, 1)
-        block_n = choose_config(target, 128, torch.bfloat16, layout).block_n
-        combine = _combine_constants(value_dim, block_n)
-        cases.append(_case(f"{name} combine", kernel, combine, options, has_all))
+    widest = KVLayout("model1_fp8", max_channels(target, torch.bfloat16) - 64, 64)
+    cases.append(_case(f"{widest.name} {widest.d} h128", widest, 128, target, has_all=True))
+    for layout in _LAYOUTS:
+        name = layout.name if layout.is_fp8 else f"{layout.name} {layout.d}"
+        has_all = layout.d_nope == 448
+        for h in (16, 32, 128):
+            cases.append(_case(f"{name} h{h}", layout, h, target, has_all=has_all))
+        cases.append(_case(f"{name} h128 fp16", layout, 128, target, has_all=has_all, q="*fp16"))
+        for h in (16, 128):
+            cases.append(_case(f"{name} h{h} engine", layout, h, target, out="*fp32"))
+        cases.append(_combine_case(f"{name} combine", layout, target, has_all=has_all))
+        cases.append(_list_case(f"{name} list lengths", has_all=has_all))
     return cases
 
 
 def _case(
-    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any], has_all: bool
+    name: str, layout: KVLayout, h: int, target: KernelTarget, *, has_all: bool = False,
+    q: str = "*bf16", out: str | None = None,
+) -> CompileCase:  # fmt: skip
+    config = choose_config(target, h, torch.bfloat16, layout)
+    # contiguous queries: the launcher sees that their strides are multiples of 16
+    strides = {"stride_q_b": h * layout.d, "stride_q_s": h * layout.d, "stride_q_h": layout.d}
+    return _compile_case(
+        name, _flash_fwd_splitkv_mla_fp8_sparse_kernel,
+        strides | _constants(layout, max(512, layout.d_nope), config, target),
+        launch_options(config.num_warps, config.num_stages),
+        _TYPES | {"q_ptr": q, "out_ptr": out or q}, has_all=has_all,
+    )  # fmt: skip
+
+
+def _combine_case(
+    name: str, layout: KVLayout, target: KernelTarget, *, has_all: bool
 ) -> CompileCase:
+    constants = _combine_constants(512, choose_config(target, 128, torch.bfloat16, layout).block_n)
+    options = launch_options(_COMBINE_WARPS, 1)
+    kernel = _flash_fwd_mla_combine_kernel
+    return _compile_case(name, kernel, constants, options, _TYPES, has_all=has_all)
+
+
+def _list_case(name: str, *, has_all: bool) -> CompileCase:
+    options = launch_options(_LIST_WARPS, 1)
+    kernel = _sparse_list_lengths_kernel
+    return _compile_case(name, kernel, {"BLOCK": _LIST_BLOCK}, options, _TYPES, has_all=has_all)
+
+
+def _compile_case(
+    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any],
+    types: dict[str, str], *, has_all: bool,
+) -> CompileCase:  # fmt: skip
     if not has_all:
         constants = constants | {n: None for n in kernel.arg_names if n in _OPTIONAL}
-    types = dict.fromkeys(kernel.arg_names, "i32") | _TYPES
+    types = dict.fromkeys(kernel.arg_names, "i32") | types
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     return CompileCase(name, kernel, signature, constants, **options)

@@ -211,6 +211,11 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
             first_tile < last_tile, SPLIT_SCORES,
         )  # fmt: skip
 
+    if SPLIT_SCORES:
+        # Computed again, with a 0 that the compiler does not know: kept from before the loop, where
+        # registers are scarcest, it would spill.
+        head = program % head_tiles * BLOCK_H + tl.minimum(split_tiles, 0) + tl.arange(0, BLOCK_H)
+        is_head = head < h
     row_head = row.to(tl.int64) * h
     if num_tiles <= split_tiles:
         weight, lse = _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head)

@@ -2,8 +2,9 @@
 # Parameters of Triton functions have no Python type. ROW is a `RowFormat`, at compile time.
 """Reading cached token rows piece by piece, whatever their layout: Triton device functions.
 
-A piece is at most 128 neighbouring channels, a power of two, and lies on one side of the border
-between plain and rotary channels. Whole rows at once would be tiles that spill registers.
+A piece is at most 128 neighbouring channels, a power of two; in an 8-bit row it lies on one side of
+the border between plain and rotary channels. Whole rows at once would be tiles that spill
+registers.
 
 In tiles of 16 keys a piece has one scale: joined from two tiles of channels it gave right scores
 and wrong sums of values on an H200 with Triton 3.6, 2026-12-01, for every number of warps and heads
@@ -54,8 +55,8 @@ class RowFormat:
 @triton.constexpr_function
 def _pieces(row_format):
     """(first channel, width) of every piece."""
-    pieces, start = [], 0
-    for end in (row_format.d_nope, row_format.d_nope + row_format.d_rope):
+    pieces, start, d = [], 0, row_format.d_nope + row_format.d_rope
+    for end in (row_format.d_nope, d) if row_format.layout.endswith("_fp8") else (d,):
         while start < end:
             width = min(row_format.widest_piece, 1 << ((end - start).bit_length() - 1))
             pieces.append((start, width))
