@@ -20,16 +20,14 @@ from model1.ops.launch import device_target, launch_options
 from model1.ops.selector.portable_kernel import _lowrank_split_fwd_kernel, _lowrank_votes_kernel
 from model1.ops.selector.portable_scan import Scan, scan_case
 from model1.ops.selector.portable_select import (
-    DIGIT_CONSTANTS,
-    SELECT_BYTES,
-    empty_state,
+    Choice,
+    select_bytes,
     select_cases,
-    store_largest,
+    tally_cases,
 )
 from model1.ops.selector.portable_sizes import Config, ScanShape, choose_config, row_chunks
-from model1.ops.selector.portable_votes import _lowrank_tally_kernel, _lowrank_weights_kernel
+from model1.ops.selector.portable_votes import _lowrank_weights_kernel
 
-_TALLY_COLUMNS, _TALLY_WARPS = 1024, 4
 # The split kernel without a core to leave out and without values: only the log-sum-exp.
 _NO_VALUES: dict[str, Any] = {
     "core_ptr": None, "out_ptr": None, "NUM_VALUE_PIECES": 0, "VALUE_DIM": 0
@@ -53,7 +51,7 @@ def lowrank_topk_triton(
         lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
         return torch.full((t, topk), -1, dtype=torch.int32, device=device), lse
     topk_indices = torch.empty(t, topk, dtype=torch.int32, device=device)
-    lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
+    lse = torch.empty(t, h, dtype=torch.float32, device=device)
     # what a row's bits follow from must not depend on its batch mates
     is_single = deterministic or max_seqlen_q == 1
     find_votes = _stored_votes if is_single and scan.shape.stores_weights else _scanned_votes
@@ -67,10 +65,9 @@ def _scanned_votes(
 ) -> None:  # fmt: skip
     """The choice by two readings of the keys."""
     h, device = scan.shape.h, lse.device
-    width = -(-scan.max_seqlen // 4) * 4
-    row_bytes = 4 * width + SELECT_BYTES
+    row_bytes = select_bytes(scan.max_seqlen)
     config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
-    votes = torch.empty(cut.rows, width, dtype=torch.float32, device=device)
+    choice = Choice.empty(cut.rows, scan.max_seqlen, device)
     partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
     options = launch_options(config.num_warps, config.num_stages)
     grid = (scan.num_programs(cut),)
@@ -82,11 +79,12 @@ def _scanned_votes(
                 **_NO_VALUES, **arguments, **options,
             )  # fmt: skip
             _lowrank_votes_kernel[grid](
-                partial_ptr=partial, votes_ptr=votes, lse_ptr=lse, window=window,
-                stride_votes=width, **arguments, **options,
+                partial_ptr=partial, votes_ptr=choice.scores, lse_ptr=lse, window=window,
+                stride_votes=choice.scores.stride(0), **choice.state_arguments, **arguments,
+                **options,
             )  # fmt: skip
-        store_largest(
-            votes, scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
+        choice.store_largest(
+            scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
             topk_indices[first:end],
         )  # fmt: skip
 
@@ -99,35 +97,31 @@ def _stored_votes(
     h, device = scan.shape.h, lse.device
     config = config or choose_config(device_target(device), scan.shape, is_single=True)
     num_tiles = -(-scan.max_seqlen // config.block_n)
-    width = num_tiles * config.block_n
     dtype = torch.float32 if scan.scan_q.dtype == torch.float32 else torch.uint16
-    row_bytes = 4 * width + num_tiles * h * (config.block_n * dtype.itemsize + 4) + SELECT_BYTES
+    row_bytes = num_tiles * h * (config.block_n * dtype.itemsize + 4)
+    row_bytes += select_bytes(scan.max_seqlen)
     config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
-    votes = torch.empty(cut.rows, width, dtype=torch.float32, device=device)
-    weights = torch.empty(cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device)
-    largest = torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device)
-    partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
-    num_chunks = -(-scan.max_seqlen // _TALLY_COLUMNS)
+    choice = Choice.empty(cut.rows, scan.max_seqlen, device)
+    weights: dict[str, Any] = {
+        "weights_ptr": torch.empty(
+            cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device
+        ),
+        "largest_ptr": torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device),
+        "partial_ptr": torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device),
+        "num_tiles": num_tiles,
+    }
+    tally = {"window": window, "num_splits": cut.num_splits, "H": h, "TILE": config.block_n}
     for first, end in row_chunks(len(lse), cut.rows):
-        key_end, count = scan.key_end[first:end], core_count[first:end]
-        chosen = topk_indices[first:end]
-        state = empty_state(end - first, device)
         with torch.cuda.device_of(lse):
             _lowrank_weights_kernel[(scan.num_programs(cut),)](
-                weights_ptr=weights, largest_ptr=largest, partial_ptr=partial, num_tiles=num_tiles,
-                min_split_tiles=cut.min_split_tiles, **scan.arguments(config, cut, (first, end)),
+                min_split_tiles=cut.min_split_tiles, **weights, **choice.state_arguments,
+                **scan.arguments(config, cut, (first, end)),
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
-            _lowrank_tally_kernel[((end - first) * num_chunks,)](
-                weights, largest, partial, count, key_end, votes, lse[first:end], state,
-                scan.max_seqlen, chosen.shape[1], num_chunks, cut.num_splits, num_tiles, window,
-                width, **_tally_constants(scan.shape, config), **launch_options(_TALLY_WARPS, 1),
-            )  # fmt: skip
-        store_largest(votes, key_end, count, scan.max_seqlen, chosen, state)
-
-
-def _tally_constants(shape: ScanShape, config: Config) -> dict[str, Any]:
-    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": _TALLY_COLUMNS, **DIGIT_CONSTANTS}
+        choice.store_largest(
+            scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
+            topk_indices[first:end], weights | tally | {"lse_ptr": lse[first:end]},
+        )  # fmt: skip
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
@@ -141,20 +135,10 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         if is_single and shape.stores_weights:
             kernel = _lowrank_weights_kernel
             cases.append(scan_case(f"lowrank_weights {name}", kernel, shape, config, {}))
-            cases.append(_tally_case(f"lowrank_tally {name}", _tally_constants(shape, config)))
+            cases += tally_cases(h, config.block_n)
             continue
         kernel = _lowrank_split_fwd_kernel
         cases.append(scan_case(f"lowrank_lse {name}", kernel, shape, config, _NO_VALUES))
         kernel = _lowrank_votes_kernel
         cases.append(scan_case(f"lowrank_votes {name}", kernel, shape, config, {}))
     return cases
-
-
-def _tally_case(name: str, constants: dict[str, Any]) -> CompileCase:
-    kernel = _lowrank_tally_kernel
-    pointers = {
-        "weights_ptr": "*u16", "largest_ptr": "*fp32", "partial_ptr": "*fp32", "count_ptr": "*i32",
-        "key_end_ptr": "*i32", "votes_ptr": "*fp32", "lse_ptr": "*fp32", "state_ptr": "*i32",
-    }  # fmt: skip
-    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
-    return CompileCase(name, kernel, signature, constants, _TALLY_WARPS, 1)

@@ -4,7 +4,7 @@
 
 A vote needs the log-sum-exp of its heads over all keys. Where a head's weight of a key takes less
 room than the key itself, the first kernel stores the weights, relative to the largest of the head
-in a tile of keys, and the second turns them into votes; otherwise `portable_kernel` reads the keys
+in a tile of keys, and the choice turns them into votes; otherwise `portable_kernel` reads the keys
 twice.
 """
 
@@ -14,18 +14,19 @@ import triton
 import triton.language as tl
 
 from model1.ops.online_softmax import LN_2, LOG2_E, LOWEST_LOGIT, log2_sum_of, scaled_scores
+from model1.ops.selector.portable_digits import clear_state
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_keys,
     load_queries,
     merged_lse,
+    program_rows,
     split_keys,
-    tile_queries,
     visible_keys,
 )
-from model1.ops.selector.portable_select import count_digits, num_chosen
 
-_HEADS = tl.constexpr(16)  # of one step of the second kernel
+_HEADS = tl.constexpr(16)  # of one step of the tally
+_SPLITS = tl.constexpr(64)  # merged at once
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _decode(codes, ptr):
 @triton.jit(
     do_not_specialize=[
         "row_first", "row_end", "max_seqlen", "row_tiles", "num_splits", "min_split_tiles",
-        "num_tiles", "stride_table",
+        "num_tiles", "stride_table", "state_words",
     ]
 )  # fmt: skip
 def _lowrank_weights_kernel(
@@ -67,6 +68,8 @@ def _lowrank_weights_kernel(
     weights_ptr,  # [rows, H, num_tiles, BLOCK_N], fp32 or coded in 16 bits
     largest_ptr,  # [rows, H, num_tiles] fp32, base 2: what a tile's weights are relative to
     partial_ptr,  # [rows, H, num_splits] fp32, base 2: the log-sum-exp of a split
+    state_ptr,  # [state_words] int32: of the choice, which begins with zeros
+    state_words,
     row_first,
     row_end,
     max_seqlen,
@@ -91,14 +94,13 @@ def _lowrank_weights_kernel(
 ):
     """The softmax weights of a tile of rows for the keys of one split."""
     BLOCK_M: tl.constexpr = QUERIES * BLOCK_H
-    pid = tl.program_id(0)
-    tile, split = pid % row_tiles, pid // row_tiles % num_splits
-    request = pid // row_tiles // num_splits
-    first, last = tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES)
+    clear_state(state_ptr, state_words)
+    request, split, first, last, row, head, is_row = program_rows(
+        tl.program_id(0), 0, cu_seqlens_q_ptr, row_first, row_end, row_tiles, num_splits,
+        H, QUERIES, BLOCK_H,
+    )  # fmt: skip
     if first >= last:
         return
-    row, head = first + tl.arange(0, BLOCK_M) // BLOCK_H, tl.arange(0, BLOCK_M) % BLOCK_H
-    is_row = (row < last) & (head < H)
     num_keys = visible_keys(key_end_ptr, row, is_row, max_seqlen)
     start, end = split_keys(tl.max(num_keys, 0), split, num_splits, min_split_tiles, BLOCK_N)
 
@@ -133,33 +135,26 @@ def _lowrank_weights_kernel(
     tl.store(partial_ptr + (local * H + head) * num_splits + split, log2_sum, mask=is_row)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "max_seqlen", "topk", "num_chunks", "num_splits", "num_tiles", "window", "stride_votes",
-    ]
-)  # fmt: skip
-def _lowrank_tally_kernel(
-    weights_ptr, largest_ptr, partial_ptr, count_ptr, key_end_ptr,
-    votes_ptr,  # [rows, stride_votes] fp32
-    lse_ptr,  # [rows, H] fp32, natural
-    state_ptr,  # [rows, STATE] int32: of `count_digits`
-    max_seqlen, topk, num_chunks, num_splits, num_tiles, window, stride_votes,
-    H: tl.constexpr, TILE: tl.constexpr, STATE: tl.constexpr, BITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+@triton.jit
+def tally(
+    weights_ptr, largest_ptr, partial_ptr, lse_ptr, row, start, num_keys, num_splits, num_tiles,
+    H: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Probability of a chunk of keys, summed over heads, inf in the window; their first digits."""
+    """Votes of the keys from `start` on: their probability, summed over heads.
+
+    The first pointers are those of `_lowrank_weights_kernel`. Who has the row's first key writes
+    lse [rows, H] fp32, natural.
+    """
     TILES: tl.constexpr = COLUMNS // TILE
-    row, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
-    num_keys, wanted = num_chosen(count_ptr, key_end_ptr, row, max_seqlen, topk)
     local = row.to(tl.int64)
-    tile = chunk * TILES + tl.arange(0, TILES)
+    tile = start // TILE + tl.arange(0, TILES)
     is_tile = tile * TILE < num_keys
     votes = tl.zeros([TILES, TILE], tl.float32)
     for first in range(0, H, _HEADS):
         head = first + tl.arange(0, _HEADS)
         is_head = head < H
-        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits)
-        if chunk == 0:
+        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits, _SPLITS)
+        if start == 0:
             tl.store(lse_ptr + local * H + head, lse * LN_2, mask=is_head)
         # tiles first: Triton gives lanes to the first of two axes, and a sum across lanes is slow
         at = tile[:, None] + ((local * H + head) * num_tiles)[None, :]
@@ -170,11 +165,4 @@ def _lowrank_tally_kernel(
         codes_ptr = weights_ptr + (at * TILE)[:, :, None] + tl.arange(0, TILE)[None, None, :]
         weights = _decode(tl.load(codes_ptr, mask=mask[:, :, None], other=0), weights_ptr)
         votes += tl.sum(weights * tl.exp2(largest - lse[None, :])[:, :, None], 1)
-    if chunk * COLUMNS >= num_keys:
-        return
-    votes = tl.reshape(votes, [COLUMNS])
-    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
-    votes = tl.where(column >= num_keys - window, float("inf"), votes)
-    tl.store(votes_ptr + local * stride_votes + column, votes, mask=column < num_keys)
-    num_programs = tl.cdiv(num_keys, COLUMNS)
-    count_digits(state_ptr + local * STATE, votes, column < num_keys, wanted, num_programs, 0, BITS)
+    return tl.reshape(votes, [COLUMNS])
