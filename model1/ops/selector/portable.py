@@ -9,6 +9,7 @@ a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +21,21 @@ from model1.ops.launch import device_target, launch_options
 from model1.ops.selector.portable_kernel import _lowrank_split_fwd_kernel, _lowrank_votes_kernel
 from model1.ops.selector.portable_scan import Scan, scan_case
 from model1.ops.selector.portable_select import (
+    FEW_ROWS,
     Choice,
+    can_overlap,
+    overlap_options,
     select_bytes,
     select_cases,
-    tally_cases,
 )
 from model1.ops.selector.portable_sizes import Config, ScanShape, choose_config, row_chunks
-from model1.ops.selector.portable_votes import _lowrank_weights_kernel
+from model1.ops.selector.portable_votes import _lowrank_tally_kernel, _lowrank_weights_kernel
 
+# Of the pass that stores weights; two do not keep the memory busy.
+_PROGRAMS_PER_SM = 4
+# Columns of a program of the tally, its warps, and the splits that it merges at once: few rows have
+# many splits.
+_FEW_ROWS_TALLY, _TALLY = (512, 4, 256), (1024, 8, 64)
 # The split kernel without a core to leave out and without values: only the log-sum-exp.
 _NO_VALUES: dict[str, Any] = {
     "core_ptr": None, "out_ptr": None, "NUM_VALUE_PIECES": 0, "VALUE_DIM": 0
@@ -95,38 +103,50 @@ def _stored_votes(
 ) -> None:  # fmt: skip
     """The choice by one reading of the keys, which stores the weights of every head."""
     h, device = scan.shape.h, lse.device
-    config = config or choose_config(device_target(device), scan.shape, is_single=True)
+    config = config or replace(
+        choose_config(device_target(device), scan.shape, is_single=True),
+        programs_per_sm=_PROGRAMS_PER_SM,
+    )
     num_tiles = -(-scan.max_seqlen // config.block_n)
     dtype = torch.float32 if scan.scan_q.dtype == torch.float32 else torch.uint16
     row_bytes = num_tiles * h * (config.block_n * dtype.itemsize + 4)
     row_bytes += select_bytes(scan.max_seqlen)
     config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
     choice = Choice.empty(cut.rows, scan.max_seqlen, device)
-    weights: dict[str, Any] = {
-        "weights_ptr": torch.empty(
-            cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device
-        ),
-        "largest_ptr": torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device),
-        "partial_ptr": torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device),
-        "num_tiles": num_tiles,
-    }
-    tally = {"window": window, "num_splits": cut.num_splits, "H": h, "TILE": config.block_n}
+    weights = torch.empty(cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device)
+    largest = torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device)
+    partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
+    sizes = _FEW_ROWS_TALLY if cut.rows < FEW_ROWS else _TALLY
+    num_chunks = -(-scan.max_seqlen // sizes[0])
+    constants = _tally_constants(scan.shape, config, sizes) | overlap_options(device)
     for first, end in row_chunks(len(lse), cut.rows):
+        key_end, count = scan.key_end[first:end], core_count[first:end]
+        chosen = topk_indices[first:end]
         with torch.cuda.device_of(lse):
             _lowrank_weights_kernel[(scan.num_programs(cut),)](
-                min_split_tiles=cut.min_split_tiles, **weights, **choice.state_arguments,
+                weights_ptr=weights, largest_ptr=largest, partial_ptr=partial, num_tiles=num_tiles,
+                min_split_tiles=cut.min_split_tiles, **choice.state_arguments,
                 **scan.arguments(config, cut, (first, end)),
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
-        choice.store_largest(
-            scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
-            topk_indices[first:end], weights | tally | {"lse_ptr": lse[first:end]},
-        )  # fmt: skip
+            _lowrank_tally_kernel[((end - first) * num_chunks,)](
+                weights, largest, partial, count, key_end, choice.scores, lse[first:end],
+                choice.state, scan.max_seqlen, chosen.shape[1], num_chunks, cut.num_splits,
+                num_tiles, window, choice.scores.stride(0), **constants,
+                **launch_options(sizes[1], 1),
+            )  # fmt: skip
+        choice.store_largest(key_end, count, scan.max_seqlen, chosen, is_counted=True)
+
+
+def _tally_constants(
+    shape: ScanShape, config: Config, sizes: tuple[int, int, int]
+) -> dict[str, Any]:
+    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": sizes[0], "SPLITS": sizes[2]}
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Rank 64 beside MODEL1 tokens in blocks of 64: one query of 16, 64 and 128 heads, and many."""
-    cases = select_cases()
+    cases = select_cases(target)
     layout = KVLayout("model1_fp8", 448, 64)
     for h, is_single in ((16, True), (64, True), (128, True), (16, False)):
         shape = ScanShape(h=h, r=64, layout=layout, block_size=64, dtype=torch.bfloat16)
@@ -135,10 +155,23 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         if is_single and shape.stores_weights:
             kernel = _lowrank_weights_kernel
             cases.append(scan_case(f"lowrank_weights {name}", kernel, shape, config, {}))
-            cases += tally_cases(h, config.block_n)
+            for sizes in (_FEW_ROWS_TALLY, _TALLY):
+                constants = _tally_constants(shape, config, sizes)
+                constants["OVERLAPS"] = can_overlap(target)
+                cases.append(_tally_case(f"lowrank_tally {name} x{sizes[0]}", constants, sizes[1]))
             continue
         kernel = _lowrank_split_fwd_kernel
         cases.append(scan_case(f"lowrank_lse {name}", kernel, shape, config, _NO_VALUES))
         kernel = _lowrank_votes_kernel
         cases.append(scan_case(f"lowrank_votes {name}", kernel, shape, config, {}))
     return cases
+
+
+def _tally_case(name: str, constants: dict[str, Any], num_warps: int) -> CompileCase:
+    kernel = _lowrank_tally_kernel
+    pointers = {
+        "weights_ptr": "*u16", "largest_ptr": "*fp32", "partial_ptr": "*fp32", "count_ptr": "*i32",
+        "key_end_ptr": "*i32", "votes_ptr": "*fp32", "lse_ptr": "*fp32", "state_ptr": "*i32",
+    }  # fmt: skip
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
+    return CompileCase(name, kernel, signature, constants, num_warps, 1)

@@ -1,29 +1,26 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 # Only constexpr parameters of a kernel carry types, and tl.static_range exists only when compiled.
-"""Radix selection by many programs a row: what they count, how they wait for each other. Triton.
+"""Radix selection by many programs a row: what one launch leaves for the next. Triton.
 
 A first digit on a logarithmic scale leaves few scores, whose exact order seven bits at a time
-settle. A row's state, int32: how many scores have each first digit; how many programs have counted
-theirs, how many have listed those with the threshold's digit, and the list's length, each in a
-cache line of its own.
+settle. A row's state, int32: how many scores have each first digit, and how many are listed.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # First digits: four per power of two from 2^-48 on, 0 for what is below, the last for all above.
 _NUM_BINS = tl.constexpr(256)
 _SHIFT = tl.constexpr(21)
 _LOWEST = tl.constexpr((0x80000000 | (127 - 48) << 23) >> 21)
-COUNTED = tl.constexpr(256)
-LISTED = tl.constexpr(256 + 32)
-_LENGTH = tl.constexpr(256 + 64)
-STATE = tl.constexpr(256 + 96)
+_LENGTH = _NUM_BINS
+STATE = tl.constexpr(256 + 32)  # whole cache lines
 _BITS = tl.constexpr(7)  # of the other digits; more bins would cost more than another round
 _NEXT_BINS = tl.constexpr(1 << 7)
-_LIST = tl.constexpr(1024)  # listed scores that are looked at together
+_LIST = tl.constexpr(512)  # listed scores that are looked at together
 
 
 @triton.jit
@@ -36,17 +33,21 @@ def clear_state(state_ptr, num_words):
 
 
 @triton.jit
-def tell(counter_ptr):
-    """Counts this program: what it has stored is visible to whoever has waited for the count."""
-    tl.debug_barrier()  # all threads have stored before one of them says so
-    tl.atomic_add(counter_ptr, 1)
+def num_chosen(count_ptr, key_end_ptr, row, max_seqlen, topk):
+    """Visible columns of a row, and how many of them are chosen."""
+    num_keys = tl.minimum(tl.maximum(tl.load(key_end_ptr + row), 0), max_seqlen)
+    chosen = tl.minimum(num_keys, topk)
+    if count_ptr is not None:
+        chosen = tl.minimum(chosen, tl.load(count_ptr + row))
+    return num_keys, chosen
 
 
 @triton.jit
-def wait_for(counter_ptr, count):
-    """Waits until so many programs have told. All of them must have started."""
-    while tl.atomic_add(counter_ptr, 0) < count:
-        pass
+def await_launch(OVERLAPS: tl.constexpr):
+    """Waits until the launch before is done, if this one may have begun earlier; lets the next."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -70,7 +71,6 @@ def count_first(state_ptr, score, is_key):
     counts = tl.histogram(first_digit(ordered(score)), _NUM_BINS, mask=is_key)
     every_bin = tl.arange(0, _NUM_BINS)
     tl.atomic_add(state_ptr + every_bin, counts, mask=counts > 0, sem="relaxed")
-    tell(state_ptr + COUNTED)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _bin_of(counts, wanted, NUM_BINS: tl.constexpr):
 @triton.jit
 def find_first(state_ptr, wanted):
     """The threshold's first digit, and how many scores have a higher one."""
-    counts = tl.load(state_ptr + tl.arange(0, _NUM_BINS), cache_modifier=".cg")
+    counts = tl.load(state_ptr + tl.arange(0, _NUM_BINS))
     return _bin_of(counts, wanted, _NUM_BINS)
 
 
@@ -97,15 +97,28 @@ def list_chunk(state_ptr, listed_ptr, width, score, column, is_listed):
     place = first + tl.cumsum(listed, 0) - 1
     tl.store(listed_ptr + place, score.to(tl.int32, bitcast=True), mask=is_listed)
     tl.store(listed_ptr + width + place, column, mask=is_listed)
-    tell(state_ptr + LISTED)
 
 
 @triton.jit
 def _load_listed(listed_ptr, first, length):
     place = first + tl.arange(0, _LIST)
-    # other programs have written it: not from this one's cache
-    score = tl.load(listed_ptr + place, mask=place < length, other=0, cache_modifier=".cg")
+    score = tl.load(listed_ptr + place, mask=place < length, other=0)
     return score.to(tl.uint32, bitcast=True), place < length
+
+
+@triton.jit
+def _count_next(score, is_listed, found):
+    """How many scores have each next digit, of those whose digits above are the found ones."""
+    is_near = is_listed & ((score >> _BITS) == found)
+    return tl.histogram((score & (_NEXT_BINS - 1)).to(tl.int32), _NEXT_BINS, mask=is_near)
+
+
+@triton.jit
+def _count_before(score, is_listed, column, start, threshold):
+    """Listed scores before `start` that are above the threshold, and equal to it."""
+    is_before = is_listed & (column.to(tl.int32) < start)
+    above = tl.sum((is_before & (score > threshold)).to(tl.int32), 0)
+    return above, tl.sum((is_before & (score == threshold)).to(tl.int32), 0)
 
 
 @triton.jit
@@ -113,31 +126,31 @@ def find_threshold(state_ptr, listed_ptr, width, digit, wanted, start):
     """The wanted-th largest of the listed scores, how many of those equal to it are chosen, and how
     many listed scores of columns before `start` are above it and equal to it.
 
-    digit: their first; the lowest and the highest share no further bits.
+    digit: their first; the lowest and the highest share no further bits. The list is seldom longer
+    than what stays in registers.
     """
-    length = tl.load(state_ptr + _LENGTH, cache_modifier=".cg")
+    length = tl.load(state_ptr + _LENGTH)
+    some, is_some = _load_listed(listed_ptr, 0, length)
     is_open = (digit == 0) | (digit == _NUM_BINS - 1)
     base = tl.where(digit == 0, 0, digit + _LOWEST).to(tl.uint32) << _SHIFT
     top = tl.where(is_open, 4, 2) * _BITS
     found = tl.full([], 0, tl.uint32)
     for below in range(0, top + 1, _BITS):
-        counts = tl.zeros([_NEXT_BINS], tl.int32)
-        for first in range(0, length, _LIST):
-            score, is_listed = _load_listed(listed_ptr, first, length)
-            score = (score - base) >> (top - below).to(tl.uint32)
-            is_near = is_listed & ((score >> _BITS) == found)
-            counts += tl.histogram(
-                (score & (_NEXT_BINS - 1)).to(tl.int32), _NEXT_BINS, mask=is_near
-            )
+        shift = (top - below).to(tl.uint32)
+        counts = _count_next((some - base) >> shift, is_some, found)
+        for first in range(_LIST, length, _LIST):
+            more, is_more = _load_listed(listed_ptr, first, length)
+            counts += _count_next((more - base) >> shift, is_more, found)
         next_digit, above = _bin_of(counts, wanted, _NEXT_BINS)
         wanted -= above
         found = (found << _BITS) | next_digit.to(tl.uint32)
     threshold = base + found
-    above_before, equal_before = 0, 0
-    for first in range(0, length, _LIST):
-        score, is_listed = _load_listed(listed_ptr, first, length)
+    columns, _ = _load_listed(listed_ptr + width, 0, length)
+    above_before, equal_before = _count_before(some, is_some, columns, start, threshold)
+    for first in range(_LIST, length, _LIST):
+        more, is_more = _load_listed(listed_ptr, first, length)
         column, _ = _load_listed(listed_ptr + width, first, length)
-        is_before = is_listed & (column.to(tl.int32) < start)
-        above_before += tl.sum((is_before & (score > threshold)).to(tl.int32), 0)
-        equal_before += tl.sum((is_before & (score == threshold)).to(tl.int32), 0)
+        above, equal = _count_before(more, is_more, column, start, threshold)
+        above_before += above
+        equal_before += equal
     return threshold, wanted, above_before, equal_before

@@ -167,7 +167,7 @@ def lightning_topk_triton(
         with torch.cuda.device_of(q):
             _lightning_scores_kernel[(len(block_table) * row_tiles * num_splits,)](
                 q.view(torch.uint8), weights, index_cache, index_scale, block_table, cu_seqlens_q,
-                key_end, choice.scores, choice.state, len(choice.state), first, end, max_seqlen,
+                key_end, choice.scores, choice.state, choice.state.numel(), first, end, max_seqlen,
                 row_tiles, num_splits, q.stride(0), q.stride(1), block_table.stride(0),
                 choice.scores.stride(0), **constants,
                 **launch_options(config.num_warps, config.num_stages),

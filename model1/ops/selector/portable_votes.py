@@ -4,7 +4,7 @@
 
 A vote needs the log-sum-exp of its heads over all keys. Where a head's weight of a key takes less
 room than the key itself, the first kernel stores the weights, relative to the largest of the head
-in a tile of keys, and the choice turns them into votes; otherwise `portable_kernel` reads the keys
+in a tile of keys, and the second turns them into votes; otherwise `portable_kernel` reads the keys
 twice.
 """
 
@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 
 from model1.ops.online_softmax import LN_2, LOG2_E, LOWEST_LOGIT, log2_sum_of, scaled_scores
-from model1.ops.selector.portable_digits import clear_state
+from model1.ops.selector.portable_digits import (
+    STATE,
+    await_launch,
+    clear_state,
+    count_first,
+    num_chosen,
+)
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_keys,
@@ -25,8 +31,7 @@ from model1.ops.selector.portable_keys import (
     visible_keys,
 )
 
-_HEADS = tl.constexpr(16)  # of one step of the tally
-_SPLITS = tl.constexpr(64)  # merged at once
+_HEADS = tl.constexpr(16)  # of one step of the second kernel
 
 
 @triton.jit
@@ -135,34 +140,50 @@ def _lowrank_weights_kernel(
     tl.store(partial_ptr + (local * H + head) * num_splits + split, log2_sum, mask=is_row)
 
 
-@triton.jit
-def tally(
-    weights_ptr, largest_ptr, partial_ptr, lse_ptr, row, start, num_keys, num_splits, num_tiles,
-    H: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "max_seqlen", "topk", "num_chunks", "num_splits", "num_tiles", "window", "stride_votes",
+    ]
+)  # fmt: skip
+def _lowrank_tally_kernel(
+    weights_ptr, largest_ptr, partial_ptr, count_ptr, key_end_ptr,
+    votes_ptr,  # [rows, stride_votes] fp32
+    lse_ptr,  # [rows, H] fp32, natural
+    state_ptr,  # [rows, STATE] int32: of the choice
+    max_seqlen, topk, num_chunks, num_splits, num_tiles, window, stride_votes,
+    H: tl.constexpr, TILE: tl.constexpr, OVERLAPS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Votes of the keys from `start` on: their probability, summed over heads.
-
-    The first pointers are those of `_lowrank_weights_kernel`. Who has the row's first key writes
-    lse [rows, H] fp32, natural.
-    """
+    """Probability of a chunk of keys, summed over heads, inf in the window; their first digits."""
     TILES: tl.constexpr = COLUMNS // TILE
+    row, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
+    num_keys, _ = num_chosen(count_ptr, key_end_ptr, row, max_seqlen, topk)
+    await_launch(OVERLAPS)
     local = row.to(tl.int64)
-    tile = start // TILE + tl.arange(0, TILES)
+    tile = chunk * TILES + tl.arange(0, TILES)
     is_tile = tile * TILE < num_keys
     votes = tl.zeros([TILES, TILE], tl.float32)
     for first in range(0, H, _HEADS):
         head = first + tl.arange(0, _HEADS)
         is_head = head < H
-        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits, _SPLITS)
-        if start == 0:
-            tl.store(lse_ptr + local * H + head, lse * LN_2, mask=is_head)
         # tiles first: Triton gives lanes to the first of two axes, and a sum across lanes is slow
         at = tile[:, None] + ((local * H + head) * num_tiles)[None, :]
         mask = is_tile[:, None] & is_head[None, :]
+        codes_ptr = weights_ptr + (at * TILE)[:, :, None] + tl.arange(0, TILE)[None, None, :]
+        # on their way while the splits are merged
+        codes = tl.load(codes_ptr, mask=mask[:, :, None], other=0)
+        largest = tl.load(largest_ptr + at, mask=mask, other=LOWEST_LOGIT)
+        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits, SPLITS)
+        if chunk == 0:
+            tl.store(lse_ptr + local * H + head, lse * LN_2, mask=is_head)
         # weight 0 for heads that do not exist and rows without keys
         lse = tl.where(is_head & (lse != float("-inf")), lse, float("inf"))
-        largest = tl.load(largest_ptr + at, mask=mask, other=LOWEST_LOGIT)
-        codes_ptr = weights_ptr + (at * TILE)[:, :, None] + tl.arange(0, TILE)[None, None, :]
-        weights = _decode(tl.load(codes_ptr, mask=mask[:, :, None], other=0), weights_ptr)
+        weights = _decode(codes, weights_ptr)
         votes += tl.sum(weights * tl.exp2(largest - lse[None, :])[:, :, None], 1)
-    return tl.reshape(votes, [COLUMNS])
+    if chunk * COLUMNS >= num_keys:
+        return
+    votes = tl.reshape(votes, [COLUMNS])
+    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    votes = tl.where(column >= num_keys - window, float("inf"), votes)
+    tl.store(votes_ptr + local * stride_votes + column, votes, mask=column < num_keys)
+    count_first(state_ptr + local * STATE, votes, column < num_keys)
