@@ -44,7 +44,7 @@ def lightning_topk(
     Returns [t, topk] int32, -1 behind the last; a row that sees fewer than topk gets them all.
     Positions that no row of the request sees may hold anything. Products of e4m3 numbers are exact
     and summed in fp32; backends may differ where scores are equal but for rounding. Scratch memory:
-    4 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not differentiable.
+    12 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not differentiable.
     Raises ValueError and BackendUnavailable as `lowrank_topk` does.
     Source: DeepSeek-V3.2, section 2.1.
     """

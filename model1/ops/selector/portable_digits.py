@@ -20,7 +20,9 @@ _LENGTH = _NUM_BINS
 STATE = tl.constexpr(256 + 32)  # whole cache lines
 _BITS = tl.constexpr(7)  # of the other digits; more bins would cost more than another round
 _NEXT_BINS = tl.constexpr(1 << 7)
-_LIST = tl.constexpr(512)  # listed scores that are looked at together
+# Listed scores that stay in registers, and those of longer lists that are looked at together.
+_LIST = tl.constexpr(512)
+_MORE = tl.constexpr(1024)
 
 
 @triton.jit
@@ -100,8 +102,8 @@ def list_chunk(state_ptr, listed_ptr, width, score, column, is_listed):
 
 
 @triton.jit
-def _load_listed(listed_ptr, first, length):
-    place = first + tl.arange(0, _LIST)
+def _load_listed(listed_ptr, first, length, COUNT: tl.constexpr):
+    place = first + tl.arange(0, COUNT)
     score = tl.load(listed_ptr + place, mask=place < length, other=0)
     return score.to(tl.uint32, bitcast=True), place < length
 
@@ -130,7 +132,7 @@ def find_threshold(state_ptr, listed_ptr, width, digit, wanted, start):
     than what stays in registers.
     """
     length = tl.load(state_ptr + _LENGTH)
-    some, is_some = _load_listed(listed_ptr, 0, length)
+    some, is_some = _load_listed(listed_ptr, 0, length, _LIST)
     is_open = (digit == 0) | (digit == _NUM_BINS - 1)
     base = tl.where(digit == 0, 0, digit + _LOWEST).to(tl.uint32) << _SHIFT
     top = tl.where(is_open, 4, 2) * _BITS
@@ -138,18 +140,18 @@ def find_threshold(state_ptr, listed_ptr, width, digit, wanted, start):
     for below in range(0, top + 1, _BITS):
         shift = (top - below).to(tl.uint32)
         counts = _count_next((some - base) >> shift, is_some, found)
-        for first in range(_LIST, length, _LIST):
-            more, is_more = _load_listed(listed_ptr, first, length)
+        for first in range(_LIST, length, _MORE):
+            more, is_more = _load_listed(listed_ptr, first, length, _MORE)
             counts += _count_next((more - base) >> shift, is_more, found)
         next_digit, above = _bin_of(counts, wanted, _NEXT_BINS)
         wanted -= above
         found = (found << _BITS) | next_digit.to(tl.uint32)
     threshold = base + found
-    columns, _ = _load_listed(listed_ptr + width, 0, length)
+    columns, is_some = _load_listed(listed_ptr + width, 0, length, _LIST)
     above_before, equal_before = _count_before(some, is_some, columns, start, threshold)
-    for first in range(_LIST, length, _LIST):
-        more, is_more = _load_listed(listed_ptr, first, length)
-        column, _ = _load_listed(listed_ptr + width, first, length)
+    for first in range(_LIST, length, _MORE):
+        more, is_more = _load_listed(listed_ptr, first, length, _MORE)
+        column, is_more = _load_listed(listed_ptr + width, first, length, _MORE)
         above, equal = _count_before(more, is_more, column, start, threshold)
         above_before += above
         equal_before += equal

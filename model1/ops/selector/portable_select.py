@@ -36,7 +36,7 @@ from model1.ops.selector.portable_digits import (
 _FILL = tl.constexpr(1024)
 _SIZES = ["stride_scores", "max_seqlen", "topk", "num_chunks"]
 FEW_ROWS = 8  # have to fill the GPU
-_COLUMNS, _MANY_ROWS_COLUMNS = 512, 2048  # of a chunk
+_COLUMNS, _MANY_ROWS_COLUMNS, _WARPS = 512, 4096, 8  # of a chunk
 
 
 @triton.jit
@@ -176,7 +176,7 @@ class Choice:
         tensors = (self.scores, count, key_end, self.state)
         sizes = (self.scores.stride(0), max_seqlen, topk, num_chunks)
         constants: dict[str, Any] = {"COLUMNS": columns}
-        constants |= launch_options(_num_warps(columns), 1) | overlap_options(device)
+        constants |= launch_options(_WARPS, 1) | overlap_options(device)
         with torch.cuda.device_of(key_end):
             if not is_counted:
                 _count_kernel[grid](*tensors, *sizes, **constants)
@@ -186,10 +186,6 @@ class Choice:
                 *tensors, self.listed, chunk_counts, topk_indices, *sizes, topk_indices.stride(0),
                 **constants,
             )  # fmt: skip
-
-
-def _num_warps(columns: int) -> int:
-    return 4 if columns == _COLUMNS else 8
 
 
 def can_overlap(target: KernelTarget) -> bool:
@@ -219,6 +215,6 @@ def select_cases(target: KernelTarget) -> list[CompileCase]:
             ("write", _write_kernel, {"BLOCK_CHUNKS": 128}),
         ):
             signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
-            name, num_warps = f"{name} x{columns}", _num_warps(columns)
-            cases.append(CompileCase(name, kernel, signature, constants | more, num_warps, 1))
+            name = f"{name} x{columns}"
+            cases.append(CompileCase(name, kernel, signature, constants | more, _WARPS, 1))
     return cases
