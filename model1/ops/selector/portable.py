@@ -21,7 +21,6 @@ from model1.ops.launch import device_target, launch_options
 from model1.ops.selector.portable_kernel import _lowrank_split_fwd_kernel, _lowrank_votes_kernel
 from model1.ops.selector.portable_scan import Scan, scan_case
 from model1.ops.selector.portable_select import (
-    FEW_ROWS,
     Choice,
     can_overlap,
     overlap_options,
@@ -33,9 +32,7 @@ from model1.ops.selector.portable_votes import _lowrank_tally_kernel, _lowrank_w
 
 # Of the pass that stores weights; two do not keep the memory busy.
 _PROGRAMS_PER_SM = 4
-# Columns of a program of the tally, its warps, and the splits that it merges at once: few rows have
-# many splits.
-_FEW_ROWS_TALLY, _TALLY = (512, 4, 256), (1024, 8, 64)
+_TALLY_COLUMNS, _TALLY_WARPS = 1024, 4
 # The split kernel without a core to leave out and without values: only the log-sum-exp.
 _NO_VALUES: dict[str, Any] = {
     "core_ptr": None, "out_ptr": None, "NUM_VALUE_PIECES": 0, "VALUE_DIM": 0
@@ -116,9 +113,8 @@ def _stored_votes(
     weights = torch.empty(cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device)
     largest = torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device)
     partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
-    sizes = _FEW_ROWS_TALLY if cut.rows < FEW_ROWS else _TALLY
-    num_chunks = -(-scan.max_seqlen // sizes[0])
-    constants = _tally_constants(scan.shape, config, sizes) | overlap_options(device)
+    num_chunks = -(-scan.max_seqlen // _TALLY_COLUMNS)
+    constants = _tally_constants(scan.shape, config) | overlap_options(device)
     for first, end in row_chunks(len(lse), cut.rows):
         key_end, count = scan.key_end[first:end], core_count[first:end]
         chosen = topk_indices[first:end]
@@ -133,15 +129,13 @@ def _stored_votes(
                 weights, largest, partial, count, key_end, choice.scores, lse[first:end],
                 choice.state, scan.max_seqlen, chosen.shape[1], num_chunks, cut.num_splits,
                 num_tiles, window, choice.scores.stride(0), **constants,
-                **launch_options(sizes[1], 1),
+                **launch_options(_TALLY_WARPS, 1),
             )  # fmt: skip
         choice.store_largest(key_end, count, scan.max_seqlen, chosen, is_counted=True)
 
 
-def _tally_constants(
-    shape: ScanShape, config: Config, sizes: tuple[int, int, int]
-) -> dict[str, Any]:
-    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": sizes[0], "SPLITS": sizes[2]}
+def _tally_constants(shape: ScanShape, config: Config) -> dict[str, Any]:
+    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": _TALLY_COLUMNS}
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
@@ -155,10 +149,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         if is_single and shape.stores_weights:
             kernel = _lowrank_weights_kernel
             cases.append(scan_case(f"lowrank_weights {name}", kernel, shape, config, {}))
-            for sizes in (_FEW_ROWS_TALLY, _TALLY):
-                constants = _tally_constants(shape, config, sizes)
-                constants["OVERLAPS"] = can_overlap(target)
-                cases.append(_tally_case(f"lowrank_tally {name} x{sizes[0]}", constants, sizes[1]))
+            constants = _tally_constants(shape, config) | {"OVERLAPS": can_overlap(target)}
+            cases.append(_tally_case(f"lowrank_tally {name}", constants))
             continue
         kernel = _lowrank_split_fwd_kernel
         cases.append(scan_case(f"lowrank_lse {name}", kernel, shape, config, _NO_VALUES))
@@ -167,11 +159,11 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     return cases
 
 
-def _tally_case(name: str, constants: dict[str, Any], num_warps: int) -> CompileCase:
+def _tally_case(name: str, constants: dict[str, Any]) -> CompileCase:
     kernel = _lowrank_tally_kernel
     pointers = {
         "weights_ptr": "*u16", "largest_ptr": "*fp32", "partial_ptr": "*fp32", "count_ptr": "*i32",
         "key_end_ptr": "*i32", "votes_ptr": "*fp32", "lse_ptr": "*fp32", "state_ptr": "*i32",
     }  # fmt: skip
     signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
-    return CompileCase(name, kernel, signature, constants, num_warps, 1)
+    return CompileCase(name, kernel, signature, constants, _TALLY_WARPS, 1)

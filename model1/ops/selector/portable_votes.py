@@ -32,6 +32,7 @@ from model1.ops.selector.portable_keys import (
 )
 
 _HEADS = tl.constexpr(16)  # of one step of the second kernel
+_SPLITS = tl.constexpr(64)  # merged at once
 
 
 @triton.jit
@@ -152,7 +153,6 @@ def _lowrank_tally_kernel(
     state_ptr,  # [rows, STATE] int32: of the choice
     max_seqlen, topk, num_chunks, num_splits, num_tiles, window, stride_votes,
     H: tl.constexpr, TILE: tl.constexpr, OVERLAPS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Probability of a chunk of keys, summed over heads, inf in the window; their first digits."""
     TILES: tl.constexpr = COLUMNS // TILE
@@ -173,7 +173,7 @@ def _lowrank_tally_kernel(
         # on their way while the splits are merged
         codes = tl.load(codes_ptr, mask=mask[:, :, None], other=0)
         largest = tl.load(largest_ptr + at, mask=mask, other=LOWEST_LOGIT)
-        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits, SPLITS)
+        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits, _SPLITS)
         if chunk == 0:
             tl.store(lse_ptr + local * H + head, lse * LN_2, mask=is_head)
         # weight 0 for heads that do not exist and rows without keys
