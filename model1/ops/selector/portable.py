@@ -2,8 +2,8 @@
 
 A chunk of rows takes one launch over the keys and one over the weights that it stores
 (`portable_votes`), or two over the keys, for the log-sum-exp of every head and for the votes that
-it normalises (`portable_kernel`); then the choice. Chunks bound the votes, [rows, max_seqlen] fp32,
-and the weights to `WORKSPACE_BYTES`. Nothing waits for the device: the launches can be captured in
+it normalises (`portable_kernel`); then the choice (`portable_select`). Chunks bound its memory and
+the weights to `WORKSPACE_BYTES`. Nothing waits for the device: the launches can be captured in
 a CUDA graph.
 """
 

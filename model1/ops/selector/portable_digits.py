@@ -3,8 +3,7 @@
 """Radix selection by many programs a row: what one launch leaves for the next. Triton.
 
 A first digit on a logarithmic scale leaves few scores, whose exact order seven bits at a time
-settle. A row's state, int32: how many scores have each first digit; how many are listed, how many
-programs have listed theirs; the threshold, and how many of the scores equal to it are chosen.
+settle. A row's state, int32: how many scores have each first digit, and how many are listed.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _NUM_BINS = tl.constexpr(256)
 _SHIFT = tl.constexpr(21)
 _LOWEST = tl.constexpr((0x80000000 | (127 - 48) << 23) >> 21)
-_LENGTH, _DONE = _NUM_BINS, tl.constexpr(256 + 1)
-_THRESHOLD, _SPARE = tl.constexpr(256 + 2), tl.constexpr(256 + 3)
+_LENGTH = _NUM_BINS
 STATE = tl.constexpr(256 + 32)  # whole cache lines
 _BITS = tl.constexpr(7)  # of the other digits; more bins would cost more than another round
 _NEXT_BINS = tl.constexpr(1 << 7)
@@ -78,39 +76,35 @@ def count_first(state_ptr, score, is_key):
 
 
 @triton.jit
-def _bin_of(counts, wanted):
+def _bin_of(counts, wanted, NUM_BINS: tl.constexpr):
     """The bin of the wanted-th largest, and how many scores are in higher ones."""
-    at_least = tl.cumsum(counts, 0, reverse=True)
+    at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
     found = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32), 0) - 1, 0)
-    return found, tl.max(tl.where(at_least < wanted, at_least, 0), 0)
+    above = tl.sum(tl.where(tl.arange(0, NUM_BINS) > found, counts, 0), 0)
+    return found, above
 
 
 @triton.jit
 def find_first(state_ptr, wanted):
     """The threshold's first digit, and how many scores have a higher one."""
     counts = tl.load(state_ptr + tl.arange(0, _NUM_BINS))
-    return _bin_of(counts, wanted)
+    return _bin_of(counts, wanted, _NUM_BINS)
 
 
 @triton.jit
 def list_chunk(state_ptr, listed_ptr, width, score, column, is_listed):
-    """Appends ordered scores and their columns to the row's list, [2, width], in any order. How
-    many programs had done so before.
-    """
+    """Appends ordered scores and their columns to the row's list, [2, width], in any order."""
     listed = is_listed.to(tl.int32)
     first = tl.atomic_add(state_ptr + _LENGTH, tl.sum(listed, 0), sem="relaxed")
     place = first + tl.cumsum(listed, 0) - 1
     tl.store(listed_ptr + place, score.to(tl.int32, bitcast=True), mask=is_listed)
     tl.store(listed_ptr + width + place, column, mask=is_listed)
-    tl.debug_barrier()  # all threads have stored before one of them says so
-    return tl.atomic_add(state_ptr + _DONE, 1)
 
 
 @triton.jit
 def _load_listed(listed_ptr, first, length, COUNT: tl.constexpr):
     place = first + tl.arange(0, COUNT)
-    # other programs have written it: not from this one's cache
-    score = tl.load(listed_ptr + place, mask=place < length, other=0, cache_modifier=".cg")
+    score = tl.load(listed_ptr + place, mask=place < length, other=0)
     return score.to(tl.uint32, bitcast=True), place < length
 
 
@@ -122,13 +116,22 @@ def _count_next(score, is_listed, found):
 
 
 @triton.jit
-def find_threshold(state_ptr, listed_ptr, digit, wanted):
-    """Finds the wanted-th largest of the listed scores, by the last program that has listed.
+def _count_before(score, is_listed, column, start, threshold):
+    """Listed scores before `start` that are above the threshold, and equal to it."""
+    is_before = is_listed & (column.to(tl.int32) < start)
+    above = tl.sum((is_before & (score > threshold)).to(tl.int32), 0)
+    return above, tl.sum((is_before & (score == threshold)).to(tl.int32), 0)
+
+
+@triton.jit
+def find_threshold(state_ptr, listed_ptr, width, digit, wanted, start):
+    """The wanted-th largest of the listed scores, how many of those equal to it are chosen, and how
+    many listed scores of columns before `start` are above it and equal to it.
 
     digit: their first; the lowest and the highest share no further bits. The list is seldom longer
     than what stays in registers.
     """
-    length = tl.load(state_ptr + _LENGTH, cache_modifier=".cg")
+    length = tl.load(state_ptr + _LENGTH)
     some, is_some = _load_listed(listed_ptr, 0, length, _LIST)
     is_open = (digit == 0) | (digit == _NUM_BINS - 1)
     base = tl.where(digit == 0, 0, digit + _LOWEST).to(tl.uint32) << _SHIFT
@@ -140,25 +143,16 @@ def find_threshold(state_ptr, listed_ptr, digit, wanted):
         for first in range(_LIST, length, _MORE):
             more, is_more = _load_listed(listed_ptr, first, length, _MORE)
             counts += _count_next((more - base) >> shift, is_more, found)
-        next_digit, above = _bin_of(counts, wanted)
+        next_digit, above = _bin_of(counts, wanted, _NEXT_BINS)
         wanted -= above
         found = (found << _BITS) | next_digit.to(tl.uint32)
-    tl.store(state_ptr + _THRESHOLD, (base + found).to(tl.int32, bitcast=True))
-    tl.store(state_ptr + _SPARE, wanted)
-
-
-@triton.jit
-def find_place(state_ptr, listed_ptr, width, start):
-    """The threshold, how many of the scores equal to it are chosen, and how many listed scores of
-    columns before `start` are above it and equal to it.
-    """
-    threshold = tl.load(state_ptr + _THRESHOLD).to(tl.uint32, bitcast=True)
-    spare, length = tl.load(state_ptr + _SPARE), tl.load(state_ptr + _LENGTH)
-    above, equal = 0, 0
-    for first in range(0, length, _MORE):
-        score, is_listed = _load_listed(listed_ptr, first, length, _MORE)
-        column, is_listed = _load_listed(listed_ptr + width, first, length, _MORE)
-        is_before = is_listed & (column.to(tl.int32) < start)
-        above += tl.sum((is_before & (score > threshold)).to(tl.int32), 0)
-        equal += tl.sum((is_before & (score == threshold)).to(tl.int32), 0)
-    return threshold, spare, above, equal
+    threshold = base + found
+    columns, is_some = _load_listed(listed_ptr + width, 0, length, _LIST)
+    above_before, equal_before = _count_before(some, is_some, columns, start, threshold)
+    for first in range(_LIST, length, _MORE):
+        more, is_more = _load_listed(listed_ptr, first, length, _MORE)
+        column, is_more = _load_listed(listed_ptr + width, first, length, _MORE)
+        above, equal = _count_before(more, is_more, column, start, threshold)
+        above_before += above
+        equal_before += equal
+    return threshold, wanted, above_before, equal_before

@@ -3,8 +3,7 @@
 """The choice of the largest scores of every row in Triton: radix selection, many programs a row.
 
 When the first digits of all scores are counted, one launch lists the scores with the threshold's
-digit, and the last of its programs for a row finds the threshold among these; another writes the
-chosen columns in ascending order.
+digit, and one finds the threshold among these and writes the chosen columns in ascending order.
 Among equal scores the lower columns win. `torch.topk` has one or few blocks for a row and orders
 ties by an algorithm that depends on the number of rows.
 """
@@ -27,7 +26,6 @@ from model1.ops.selector.portable_digits import (
     await_launch,
     count_first,
     find_first,
-    find_place,
     find_threshold,
     first_digit,
     list_chunk,
@@ -38,8 +36,7 @@ from model1.ops.selector.portable_digits import (
 _FILL = tl.constexpr(1024)
 _SIZES = ["stride_scores", "max_seqlen", "topk", "num_chunks"]
 _FEW_ROWS = 8  # have to fill the GPU
-# Columns of a chunk, and warps.
-_SMALL, _LARGE = (512, 4), (2048, 8)
+_COLUMNS, _MANY_ROWS_COLUMNS, _WARPS = 512, 4096, 8  # of a chunk
 
 
 @triton.jit
@@ -73,7 +70,7 @@ def _list_kernel(
     chunk_counts_ptr,  # [rows, num_chunks] int32: scores with a higher one
     stride_scores, max_seqlen, topk, num_chunks, OVERLAPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sorts a chunk's scores by the threshold's first digit; the last of a row finds the others."""
+    """Sorts a chunk's scores by the threshold's first digit."""
     row, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
     num_keys, wanted = num_chosen(count_ptr, key_end_ptr, row, max_seqlen, topk)
     await_launch(OVERLAPS)
@@ -82,15 +79,12 @@ def _list_kernel(
     column, is_key, score = _chunk(scores_ptr, row, stride_scores, num_keys, chunk, COLUMNS)
     state_ptr += row.to(tl.int64) * STATE
     listed_ptr += 2 * row.to(tl.int64) * stride_scores
-    found, higher = find_first(state_ptr, wanted)
+    found, _ = find_first(state_ptr, wanted)
     score = ordered(score)
     digit = first_digit(score)
     above = tl.sum((is_key & (digit > found)).to(tl.int32), 0)
     tl.store(chunk_counts_ptr + tl.program_id(0), above)
-    is_listed = is_key & (digit == found)
-    done = list_chunk(state_ptr, listed_ptr, stride_scores, score, column, is_listed)
-    if done == tl.cdiv(num_keys, COLUMNS) - 1:
-        find_threshold(state_ptr, listed_ptr, found, wanted - higher)
+    list_chunk(state_ptr, listed_ptr, stride_scores, score, column, is_key & (digit == found))
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stride_out"])
@@ -115,8 +109,9 @@ def _write_kernel(
     place = tl.sum(tl.load(at, mask=other < chunk, other=0), 0)
     state_ptr += row.to(tl.int64) * STATE
     listed_ptr += 2 * row.to(tl.int64) * stride_scores
-    threshold, spare, above_before, equal_before = find_place(
-        state_ptr, listed_ptr, stride_scores, chunk * COLUMNS
+    found, above = find_first(state_ptr, wanted)
+    threshold, spare, above_before, equal_before = find_threshold(
+        state_ptr, listed_ptr, stride_scores, found, wanted - above, chunk * COLUMNS
     )
     score = ordered(score)
     is_equal = (is_key & (score == threshold)).to(tl.int32)
@@ -129,7 +124,7 @@ def _write_kernel(
 
 def select_bytes(max_seqlen: int) -> int:
     """Scratch memory that the choice takes for a row, its scores included."""
-    return 4 * (3 * _width(max_seqlen) + STATE.value + -(-max_seqlen // _SMALL[0]))
+    return 4 * (3 * _width(max_seqlen) + STATE.value + -(-max_seqlen // _COLUMNS))
 
 
 def _width(max_seqlen: int) -> int:
@@ -174,14 +169,14 @@ class Choice:
         """
         rows, topk = topk_indices.shape
         device = key_end.device
-        columns, num_warps = _SMALL if rows < _FEW_ROWS else _LARGE
+        columns = _COLUMNS if rows < _FEW_ROWS else _MANY_ROWS_COLUMNS
         num_chunks = -(-max_seqlen // columns)
         grid = (rows * num_chunks,)
         chunk_counts = torch.empty(rows, num_chunks, dtype=torch.int32, device=device)
         tensors = (self.scores, count, key_end, self.state)
         sizes = (self.scores.stride(0), max_seqlen, topk, num_chunks)
         constants: dict[str, Any] = {"COLUMNS": columns}
-        constants |= launch_options(num_warps, 1) | overlap_options(device)
+        constants |= launch_options(_WARPS, 1) | overlap_options(device)
         with torch.cuda.device_of(key_end):
             if not is_counted:
                 _count_kernel[grid](*tensors, *sizes, **constants)
@@ -212,7 +207,7 @@ def select_cases(target: KernelTarget) -> list[CompileCase]:
         "listed_ptr": "*i32", "chunk_counts_ptr": "*i32", "out_ptr": "*i32",
     }  # fmt: skip
     cases = []
-    for columns, num_warps in (_SMALL, _LARGE):
+    for columns in (_COLUMNS, _MANY_ROWS_COLUMNS):
         constants = {"COLUMNS": columns, "OVERLAPS": can_overlap(target)}
         for name, kernel, more in (
             ("count", _count_kernel, {}),
@@ -221,5 +216,5 @@ def select_cases(target: KernelTarget) -> list[CompileCase]:
         ):
             signature = dict.fromkeys(kernel.arg_names, "i32") | pointers
             name = f"{name} x{columns}"
-            cases.append(CompileCase(name, kernel, signature, constants | more, num_warps, 1))
+            cases.append(CompileCase(name, kernel, signature, constants | more, _WARPS, 1))
     return cases
