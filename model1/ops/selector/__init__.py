@@ -69,8 +69,8 @@ def lowrank_topk(
     Returns positions in the request, [t, topk] int32, distinct, with -1 behind them, and lse [t, h]
     fp32, -inf for a row with key_end <= 0. Positions that no row of the request sees may hold
     anything, NaN included. Backends may differ where votes are equal but for rounding.
-    deterministic: a row's results do not depend on its batch mates. Scratch memory: 4 bytes per row
-    and position and per row, head and split, 33 KiB per row, and for few heads 2 (fp32: 4) bytes
+    deterministic: a row's results do not depend on its batch mates. Scratch memory: 12 bytes per
+    row and position, 4 per row, head and split, 2 KiB per row, and for few heads 2 (fp32: 4) bytes
     per row, position and head; in chunks of rows under 256 MiB (or one row). Not differentiable.
     Raises ValueError for shapes, dtypes, devices, strides and, on the CPU, for numbers in
     cu_seqlens_q and key_end that break these rules; BackendUnavailable for a backend that cannot

@@ -46,7 +46,7 @@ def lightning_topk(
     Positions that no row of the request sees may hold anything. Products of e4m3 numbers are exact
     and summed in fp32; backends may differ where scores are equal but for rounding. deterministic:
     a row's results do not depend on its batch mates, on max_seqlen_q and on the table's width.
-    Scratch memory: 4 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not
+    Scratch memory: 12 bytes per row and position, in chunks of rows under 256 MiB (or one row). Not
     differentiable. Raises ValueError and BackendUnavailable as `lowrank_topk` does.
     Source: DeepSeek-V3.2, section 2.1.
     """

@@ -2,13 +2,14 @@
 
 A chunk of rows takes one launch over the keys and one over the weights that it stores
 (`portable_votes`), or two over the keys, for the log-sum-exp of every head and for the votes that
-it normalises (`portable_kernel`); then the choice. Chunks bound the votes, [rows, max_seqlen] fp32,
-and the weights to `WORKSPACE_BYTES`. Nothing waits for the device: the launches can be captured in
+it normalises (`portable_kernel`); then the choice (`portable_select`). Chunks bound its memory and
+the weights to `WORKSPACE_BYTES`. Nothing waits for the device: the launches can be captured in
 a CUDA graph.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from model1.ops.launch import device_target, launch_options
 from model1.ops.selector.portable_kernel import _lowrank_split_fwd_kernel, _lowrank_votes_kernel
 from model1.ops.selector.portable_scan import Scan, scan_case
 from model1.ops.selector.portable_select import (
-    DIGIT_CONSTANTS,
-    SELECT_BYTES,
-    empty_state,
+    Choice,
+    can_overlap,
+    overlap_options,
+    select_bytes,
     select_cases,
-    store_largest,
 )
 from model1.ops.selector.portable_sizes import Config, ScanShape, choose_config, row_chunks
 from model1.ops.selector.portable_votes import _lowrank_tally_kernel, _lowrank_weights_kernel
 
+# Of the pass that stores weights; two do not keep the memory busy.
+_PROGRAMS_PER_SM = 4
 _TALLY_COLUMNS, _TALLY_WARPS = 1024, 4
 # The split kernel without a core to leave out and without values: only the log-sum-exp.
 _NO_VALUES: dict[str, Any] = {
@@ -53,7 +56,7 @@ def lowrank_topk_triton(
         lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
         return torch.full((t, topk), -1, dtype=torch.int32, device=device), lse
     topk_indices = torch.empty(t, topk, dtype=torch.int32, device=device)
-    lse = torch.full((t, h), float("-inf"), dtype=torch.float32, device=device)
+    lse = torch.empty(t, h, dtype=torch.float32, device=device)
     # what a row's bits follow from must not depend on its batch mates
     is_single = deterministic or max_seqlen_q == 1
     find_votes = _stored_votes if is_single and scan.shape.stores_weights else _scanned_votes
@@ -67,10 +70,9 @@ def _scanned_votes(
 ) -> None:  # fmt: skip
     """The choice by two readings of the keys."""
     h, device = scan.shape.h, lse.device
-    width = -(-scan.max_seqlen // 4) * 4
-    row_bytes = 4 * width + SELECT_BYTES
+    row_bytes = select_bytes(scan.max_seqlen)
     config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
-    votes = torch.empty(cut.rows, width, dtype=torch.float32, device=device)
+    choice = Choice.empty(cut.rows, scan.max_seqlen, device)
     partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
     options = launch_options(config.num_warps, config.num_stages)
     grid = (scan.num_programs(cut),)
@@ -82,11 +84,12 @@ def _scanned_votes(
                 **_NO_VALUES, **arguments, **options,
             )  # fmt: skip
             _lowrank_votes_kernel[grid](
-                partial_ptr=partial, votes_ptr=votes, lse_ptr=lse, window=window,
-                stride_votes=width, **arguments, **options,
+                partial_ptr=partial, votes_ptr=choice.scores, lse_ptr=lse, window=window,
+                stride_votes=choice.scores.stride(0), **choice.state_arguments, **arguments,
+                **options,
             )  # fmt: skip
-        store_largest(
-            votes, scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
+        choice.store_largest(
+            scan.key_end[first:end], core_count[first:end], scan.max_seqlen,
             topk_indices[first:end],
         )  # fmt: skip
 
@@ -97,42 +100,47 @@ def _stored_votes(
 ) -> None:  # fmt: skip
     """The choice by one reading of the keys, which stores the weights of every head."""
     h, device = scan.shape.h, lse.device
-    config = config or choose_config(device_target(device), scan.shape, is_single=True)
+    config = config or replace(
+        choose_config(device_target(device), scan.shape, is_single=True),
+        programs_per_sm=_PROGRAMS_PER_SM,
+    )
     num_tiles = -(-scan.max_seqlen // config.block_n)
-    width = num_tiles * config.block_n
     dtype = torch.float32 if scan.scan_q.dtype == torch.float32 else torch.uint16
-    row_bytes = 4 * width + num_tiles * h * (config.block_n * dtype.itemsize + 4) + SELECT_BYTES
+    row_bytes = num_tiles * h * (config.block_n * dtype.itemsize + 4)
+    row_bytes += select_bytes(scan.max_seqlen)
     config, cut = scan.cut(config, row_bytes, 4 * h, deterministic=deterministic)
-    votes = torch.empty(cut.rows, width, dtype=torch.float32, device=device)
+    choice = Choice.empty(cut.rows, scan.max_seqlen, device)
     weights = torch.empty(cut.rows, h, num_tiles, config.block_n, dtype=dtype, device=device)
     largest = torch.empty(cut.rows, h, num_tiles, dtype=torch.float32, device=device)
     partial = torch.empty(cut.rows, h, cut.num_splits, dtype=torch.float32, device=device)
     num_chunks = -(-scan.max_seqlen // _TALLY_COLUMNS)
+    constants = _tally_constants(scan.shape, config) | overlap_options(device)
     for first, end in row_chunks(len(lse), cut.rows):
         key_end, count = scan.key_end[first:end], core_count[first:end]
         chosen = topk_indices[first:end]
-        state = empty_state(end - first, device)
         with torch.cuda.device_of(lse):
             _lowrank_weights_kernel[(scan.num_programs(cut),)](
                 weights_ptr=weights, largest_ptr=largest, partial_ptr=partial, num_tiles=num_tiles,
-                min_split_tiles=cut.min_split_tiles, **scan.arguments(config, cut, (first, end)),
+                min_split_tiles=cut.min_split_tiles, **choice.state_arguments,
+                **scan.arguments(config, cut, (first, end)),
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
             _lowrank_tally_kernel[((end - first) * num_chunks,)](
-                weights, largest, partial, count, key_end, votes, lse[first:end], state,
-                scan.max_seqlen, chosen.shape[1], num_chunks, cut.num_splits, num_tiles, window,
-                width, **_tally_constants(scan.shape, config), **launch_options(_TALLY_WARPS, 1),
+                weights, largest, partial, count, key_end, choice.scores, lse[first:end],
+                choice.state, scan.max_seqlen, chosen.shape[1], num_chunks, cut.num_splits,
+                num_tiles, window, choice.scores.stride(0), **constants,
+                **launch_options(_TALLY_WARPS, 1),
             )  # fmt: skip
-        store_largest(votes, key_end, count, scan.max_seqlen, chosen, state)
+        choice.store_largest(key_end, count, scan.max_seqlen, chosen, is_counted=True)
 
 
 def _tally_constants(shape: ScanShape, config: Config) -> dict[str, Any]:
-    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": _TALLY_COLUMNS, **DIGIT_CONSTANTS}
+    return {"H": shape.h, "TILE": config.block_n, "COLUMNS": _TALLY_COLUMNS}
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Rank 64 beside MODEL1 tokens in blocks of 64: one query of 16, 64 and 128 heads, and many."""
-    cases = select_cases()
+    cases = select_cases(target)
     layout = KVLayout("model1_fp8", 448, 64)
     for h, is_single in ((16, True), (64, True), (128, True), (16, False)):
         shape = ScanShape(h=h, r=64, layout=layout, block_size=64, dtype=torch.bfloat16)
@@ -141,7 +149,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         if is_single and shape.stores_weights:
             kernel = _lowrank_weights_kernel
             cases.append(scan_case(f"lowrank_weights {name}", kernel, shape, config, {}))
-            cases.append(_tally_case(f"lowrank_tally {name}", _tally_constants(shape, config)))
+            constants = _tally_constants(shape, config) | {"OVERLAPS": can_overlap(target)}
+            cases.append(_tally_case(f"lowrank_tally {name}", constants))
             continue
         kernel = _lowrank_split_fwd_kernel
         cases.append(scan_case(f"lowrank_lse {name}", kernel, shape, config, _NO_VALUES))

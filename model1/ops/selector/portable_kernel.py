@@ -19,16 +19,18 @@ from model1.ops.online_softmax import (
     merge_step,
     scaled_scores,
 )
+from model1.ops.selector.portable_digits import clear_state
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_keys,
     load_queries,
     merged_lse,
+    program_rows,
     split_keys,
-    tile_queries,
     visible_keys,
 )
 
+_SPLITS = tl.constexpr(32)  # merged at once
 # These change from call to call: a kernel for each kind of number would be compiled in mid-service.
 _SIZES = [
     "row_first", "row_end", "max_seqlen", "row_tiles", "num_splits", "min_split_tiles",
@@ -73,17 +75,13 @@ def _lowrank_split_fwd_kernel(
 ):
     """Attention of a tile of rows over the keys of one split; values are the keys' own channels."""
     BLOCK_M: tl.constexpr = QUERIES * BLOCK_H
-    pid = tl.program_id(0)
-    head_tile = pid % tl.cdiv(H, BLOCK_H)
-    pid = pid // tl.cdiv(H, BLOCK_H)
-    tile, split = pid % row_tiles, pid // row_tiles % num_splits
-    request = pid // row_tiles // num_splits
-    first, last = tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES)
+    pid, head_tiles = tl.program_id(0), tl.cdiv(H, BLOCK_H)
+    request, split, first, last, row, head, is_row = program_rows(
+        pid // head_tiles, pid % head_tiles * BLOCK_H, cu_seqlens_q_ptr, row_first, row_end,
+        row_tiles, num_splits, H, QUERIES, BLOCK_H,
+    )  # fmt: skip
     if first >= last:
         return
-    row = first + tl.arange(0, BLOCK_M) // BLOCK_H
-    head = head_tile * BLOCK_H + tl.arange(0, BLOCK_M) % BLOCK_H
-    is_row = (row < last) & (head < H)
     num_keys = visible_keys(key_end_ptr, row, is_row, max_seqlen)
     end = tl.max(num_keys, 0)
     start, end = split_keys(end, split, num_splits, min_split_tiles, BLOCK_N)
@@ -129,7 +127,7 @@ def _lowrank_split_fwd_kernel(
         tl.store(out_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "window", "stride_votes"])
+@triton.jit(do_not_specialize=[*_SIZES, "state_words", "window", "stride_votes"])
 def _lowrank_votes_kernel(
     q_ptr,
     z_ptr,
@@ -140,6 +138,8 @@ def _lowrank_votes_kernel(
     partial_ptr,  # [rows, H, num_splits] fp32, base 2: what the split kernel has left
     votes_ptr,  # [rows, stride_votes] fp32
     lse_ptr,  # [t, H] fp32, natural
+    state_ptr,  # [state_words] int32: of the choice, which begins with zeros
+    state_words,
     row_first,
     row_end,
     max_seqlen,
@@ -163,17 +163,15 @@ def _lowrank_votes_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Probability of every visible key, summed over heads; inf in the window."""
-    BLOCK_M: tl.constexpr = QUERIES * BLOCK_H
-    pid = tl.program_id(0)
-    tile, split = pid % row_tiles, pid // row_tiles % num_splits
-    request = pid // row_tiles // num_splits
-    first, last = tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES)
+    clear_state(state_ptr, state_words)
+    request, split, first, last, row, head, is_row = program_rows(
+        tl.program_id(0), 0, cu_seqlens_q_ptr, row_first, row_end, row_tiles, num_splits,
+        H, QUERIES, BLOCK_H,
+    )  # fmt: skip
     if first >= last:
         return
-    row, head = first + tl.arange(0, BLOCK_M) // BLOCK_H, tl.arange(0, BLOCK_M) % BLOCK_H
-    is_row = (row < last) & (head < H)
     at = ((row - row_first).to(tl.int64) * H + head) * num_splits
-    lse = merged_lse(partial_ptr, at, is_row, num_splits)
+    lse = merged_lse(partial_ptr, at, is_row, num_splits, _SPLITS)
     if split == 0:
         tl.store(lse_ptr + row.to(tl.int64) * H + head, lse * LN_2, mask=is_row)
     # weight 0 for heads that do not exist

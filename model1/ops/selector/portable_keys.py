@@ -14,19 +14,25 @@ import triton.language as tl
 
 from model1.ops.online_softmax import LOWEST_LOGIT, log2_sum_of
 
-# Partial sums that are merged at once.
-_SPLITS = tl.constexpr(32)
-
 
 @triton.jit
-def tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES: tl.constexpr):
-    """First row of the request's tile, and where its rows end, both within row_first..row_end.
+def program_rows(
+    pid, head_first, cu_seqlens_q_ptr, row_first, row_end, row_tiles, num_splits,
+    H: tl.constexpr, QUERIES: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The request and the split of a program; the first query of its tile, and where the request's
+    queries end; row and head of each row of the tile, and whether there is one.
 
-    Tiles are counted from the request's first row of that range, which may have none.
+    Queries are within row_first..row_end. Tiles are counted from the request's first query of that
+    range, which may have none.
     """
-    first = tl.maximum(tl.load(cu_seqlens_q_ptr + request), row_first)
+    tile, split = pid % row_tiles, pid // row_tiles % num_splits
+    request = pid // row_tiles // num_splits
+    first = tl.maximum(tl.load(cu_seqlens_q_ptr + request), row_first) + tile * QUERIES
     last = tl.minimum(tl.load(cu_seqlens_q_ptr + request + 1), row_end)
-    return first + tile * QUERIES, last
+    at = tl.arange(0, QUERIES * BLOCK_H)
+    row, head = first + at // BLOCK_H, head_first + at % BLOCK_H
+    return request, split, first, last, row, head, (row < last) & (head < H)
 
 
 @triton.jit
@@ -92,12 +98,15 @@ def load_keys(
 
 
 @triton.jit
-def merged_lse(lse_ptr, at, is_row, num_splits):
-    """Base-2 log-sum-exp of each row over its splits, which begin at `at`; -inf without keys."""
+def merged_lse(lse_ptr, at, is_row, num_splits, SPLITS: tl.constexpr):
+    """Base-2 log-sum-exp of each row over its splits, which begin at `at`; -inf without keys.
+
+    SPLITS: how many are merged at once.
+    """
     largest = tl.full(at.shape, LOWEST_LOGIT, tl.float32)
     total = tl.zeros(at.shape, tl.float32)
-    for first in range(0, num_splits, _SPLITS):
-        split = first + tl.arange(0, _SPLITS)
+    for first in range(0, num_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
         mask = is_row[:, None] & (split < num_splits)[None, :]
         part = tl.load(lse_ptr + at[:, None] + split[None, :], mask=mask, other=float("-inf"))
         previous = largest

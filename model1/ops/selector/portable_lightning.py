@@ -23,14 +23,15 @@ from model1.ops.kv_cache.bits import e4m3_to_fp32
 from model1.ops.kv_cache.portable import next_power_of_2
 from model1.ops.launch import device_target, launch_options, num_sms
 from model1.ops.online_softmax import scaled_scores
+from model1.ops.selector.portable_digits import clear_state
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_queries,
+    program_rows,
     split_keys,
-    tile_queries,
     visible_keys,
 )
-from model1.ops.selector.portable_select import SELECT_BYTES, store_largest
+from model1.ops.selector.portable_select import Choice, select_bytes
 from model1.ops.selector.portable_sizes import (
     MAX_HEADS,
     WORKSPACE_BYTES,
@@ -51,7 +52,7 @@ def _numbers(codes, HAS_FP8: tl.constexpr, COMPUTE: tl.constexpr):
 
 _SIZES = [
     "row_first", "row_end", "max_seqlen", "row_tiles", "num_splits", "stride_table",
-    "stride_scores",
+    "stride_scores", "state_words",
 ]  # fmt: skip
 
 
@@ -65,6 +66,8 @@ def _lightning_scores_kernel(
     cu_seqlens_q_ptr,
     key_end_ptr,
     scores_ptr,  # [rows, stride_scores] fp32
+    state_ptr,  # [state_words] int32: of the choice, which begins with zeros
+    state_words,
     row_first,
     row_end,
     max_seqlen,
@@ -85,15 +88,13 @@ def _lightning_scores_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Index scores of a tile of rows for the keys of one split."""
-    BLOCK_M: tl.constexpr = QUERIES * BLOCK_H
-    pid = tl.program_id(0)
-    tile, split = pid % row_tiles, pid // row_tiles % num_splits
-    request = pid // row_tiles // num_splits
-    first, last = tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES)
+    clear_state(state_ptr, state_words)
+    request, split, first, last, row, head, is_row = program_rows(
+        tl.program_id(0), 0, cu_seqlens_q_ptr, row_first, row_end, row_tiles, num_splits,
+        H, QUERIES, BLOCK_H,
+    )  # fmt: skip
     if first >= last:
         return
-    row, head = first + tl.arange(0, BLOCK_M) // BLOCK_H, tl.arange(0, BLOCK_M) % BLOCK_H
-    is_row = (row < last) & (head < H)
     query = first + tl.arange(0, QUERIES)
     end = tl.max(visible_keys(key_end_ptr, query, query < last, max_seqlen), 0)
     start, end = split_keys(end, split, num_splits, 1, BLOCK_N)
@@ -155,23 +156,23 @@ def lightning_topk_triton(
     topk_indices = torch.empty(t, topk, dtype=torch.int32, device=q.device)
     config = config or choose_config(h, is_single=max_seqlen_q == 1)
     constants = _constants(h, d, block_size, config, device_target(q.device))
-    width = -(-max_seqlen // 4) * 4
-    rows = max(1, min(t, WORKSPACE_BYTES // (4 * width + SELECT_BYTES)))
+    rows = max(1, min(t, WORKSPACE_BYTES // select_bytes(max_seqlen)))
     row_tiles = triton.cdiv(min(rows, max_seqlen_q), constants["QUERIES"])
     tiles = min(t, len(block_table) * row_tiles)
     num_splits = config.num_splits or choose_num_splits(
         tiles, max_seqlen, config.programs_per_sm * num_sms(q.device)
     )
-    scores = torch.empty(rows, width, dtype=torch.float32, device=q.device)
+    choice = Choice.empty(rows, max_seqlen, q.device)
     for first, end in row_chunks(t, rows):
         with torch.cuda.device_of(q):
             _lightning_scores_kernel[(len(block_table) * row_tiles * num_splits,)](
                 q.view(torch.uint8), weights, index_cache, index_scale, block_table, cu_seqlens_q,
-                key_end, scores, first, end, max_seqlen, row_tiles, num_splits, q.stride(0),
-                q.stride(1), block_table.stride(0), width, **constants,
+                key_end, choice.scores, choice.state, choice.state.numel(), first, end, max_seqlen,
+                row_tiles, num_splits, q.stride(0), q.stride(1), block_table.stride(0),
+                choice.scores.stride(0), **constants,
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
-        store_largest(scores, key_end[first:end], None, max_seqlen, topk_indices[first:end])
+        choice.store_largest(key_end[first:end], None, max_seqlen, topk_indices[first:end])
     return topk_indices
 
 
@@ -194,7 +195,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     signature = {
         "q_ptr": "*u8", "weights_ptr": "*fp32", "key_ptr": "*u8", "scale_ptr": "*fp32",
         "table_ptr": "*i32", "cu_seqlens_q_ptr": "*i32", "key_end_ptr": "*i32",
-        "scores_ptr": "*fp32",
+        "scores_ptr": "*fp32", "state_ptr": "*i32",
     }  # fmt: skip
     kernel, cases = _lightning_scores_kernel, []
     types = dict.fromkeys(kernel.arg_names, "i32") | signature

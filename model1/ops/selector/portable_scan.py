@@ -104,7 +104,7 @@ _POINTERS = {
     "q_ptr": "*bf16", "z_ptr": "*bf16", "rope_ptr": "*bf16", "table_ptr": "*i32",
     "cu_seqlens_q_ptr": "*i32", "key_end_ptr": "*i32", "core_ptr": "*u8", "out_ptr": "*fp32",
     "lse_ptr": "*fp32", "partial_ptr": "*fp32", "votes_ptr": "*fp32", "weights_ptr": "*u16",
-    "largest_ptr": "*fp32",
+    "largest_ptr": "*fp32", "state_ptr": "*i32",
 }  # fmt: skip
 
 

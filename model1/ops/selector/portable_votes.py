@@ -14,18 +14,25 @@ import triton
 import triton.language as tl
 
 from model1.ops.online_softmax import LN_2, LOG2_E, LOWEST_LOGIT, log2_sum_of, scaled_scores
+from model1.ops.selector.portable_digits import (
+    STATE,
+    await_launch,
+    clear_state,
+    count_first,
+    num_chosen,
+)
 from model1.ops.selector.portable_keys import (
     block_ids,
     load_keys,
     load_queries,
     merged_lse,
+    program_rows,
     split_keys,
-    tile_queries,
     visible_keys,
 )
-from model1.ops.selector.portable_select import count_digits, num_chosen
 
 _HEADS = tl.constexpr(16)  # of one step of the second kernel
+_SPLITS = tl.constexpr(64)  # merged at once
 
 
 @triton.jit
@@ -54,7 +61,7 @@ def _decode(codes, ptr):
 @triton.jit(
     do_not_specialize=[
         "row_first", "row_end", "max_seqlen", "row_tiles", "num_splits", "min_split_tiles",
-        "num_tiles", "stride_table",
+        "num_tiles", "stride_table", "state_words",
     ]
 )  # fmt: skip
 def _lowrank_weights_kernel(
@@ -67,6 +74,8 @@ def _lowrank_weights_kernel(
     weights_ptr,  # [rows, H, num_tiles, BLOCK_N], fp32 or coded in 16 bits
     largest_ptr,  # [rows, H, num_tiles] fp32, base 2: what a tile's weights are relative to
     partial_ptr,  # [rows, H, num_splits] fp32, base 2: the log-sum-exp of a split
+    state_ptr,  # [state_words] int32: of the choice, which begins with zeros
+    state_words,
     row_first,
     row_end,
     max_seqlen,
@@ -91,14 +100,13 @@ def _lowrank_weights_kernel(
 ):
     """The softmax weights of a tile of rows for the keys of one split."""
     BLOCK_M: tl.constexpr = QUERIES * BLOCK_H
-    pid = tl.program_id(0)
-    tile, split = pid % row_tiles, pid // row_tiles % num_splits
-    request = pid // row_tiles // num_splits
-    first, last = tile_queries(cu_seqlens_q_ptr, request, tile, row_first, row_end, QUERIES)
+    clear_state(state_ptr, state_words)
+    request, split, first, last, row, head, is_row = program_rows(
+        tl.program_id(0), 0, cu_seqlens_q_ptr, row_first, row_end, row_tiles, num_splits,
+        H, QUERIES, BLOCK_H,
+    )  # fmt: skip
     if first >= last:
         return
-    row, head = first + tl.arange(0, BLOCK_M) // BLOCK_H, tl.arange(0, BLOCK_M) % BLOCK_H
-    is_row = (row < last) & (head < H)
     num_keys = visible_keys(key_end_ptr, row, is_row, max_seqlen)
     start, end = split_keys(tl.max(num_keys, 0), split, num_splits, min_split_tiles, BLOCK_N)
 
@@ -142,15 +150,15 @@ def _lowrank_tally_kernel(
     weights_ptr, largest_ptr, partial_ptr, count_ptr, key_end_ptr,
     votes_ptr,  # [rows, stride_votes] fp32
     lse_ptr,  # [rows, H] fp32, natural
-    state_ptr,  # [rows, STATE] int32: of `count_digits`
+    state_ptr,  # [rows, STATE] int32: of the choice
     max_seqlen, topk, num_chunks, num_splits, num_tiles, window, stride_votes,
-    H: tl.constexpr, TILE: tl.constexpr, STATE: tl.constexpr, BITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    H: tl.constexpr, TILE: tl.constexpr, OVERLAPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Probability of a chunk of keys, summed over heads, inf in the window; their first digits."""
     TILES: tl.constexpr = COLUMNS // TILE
     row, chunk = tl.program_id(0) // num_chunks, tl.program_id(0) % num_chunks
-    num_keys, wanted = num_chosen(count_ptr, key_end_ptr, row, max_seqlen, topk)
+    num_keys, _ = num_chosen(count_ptr, key_end_ptr, row, max_seqlen, topk)
+    await_launch(OVERLAPS)
     local = row.to(tl.int64)
     tile = chunk * TILES + tl.arange(0, TILES)
     is_tile = tile * TILE < num_keys
@@ -158,17 +166,19 @@ def _lowrank_tally_kernel(
     for first in range(0, H, _HEADS):
         head = first + tl.arange(0, _HEADS)
         is_head = head < H
-        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits)
-        if chunk == 0:
-            tl.store(lse_ptr + local * H + head, lse * LN_2, mask=is_head)
         # tiles first: Triton gives lanes to the first of two axes, and a sum across lanes is slow
         at = tile[:, None] + ((local * H + head) * num_tiles)[None, :]
         mask = is_tile[:, None] & is_head[None, :]
+        codes_ptr = weights_ptr + (at * TILE)[:, :, None] + tl.arange(0, TILE)[None, None, :]
+        # on their way while the splits are merged
+        codes = tl.load(codes_ptr, mask=mask[:, :, None], other=0)
+        largest = tl.load(largest_ptr + at, mask=mask, other=LOWEST_LOGIT)
+        lse = merged_lse(partial_ptr, (local * H + head) * num_splits, is_head, num_splits, _SPLITS)
+        if chunk == 0:
+            tl.store(lse_ptr + local * H + head, lse * LN_2, mask=is_head)
         # weight 0 for heads that do not exist and rows without keys
         lse = tl.where(is_head & (lse != float("-inf")), lse, float("inf"))
-        largest = tl.load(largest_ptr + at, mask=mask, other=LOWEST_LOGIT)
-        codes_ptr = weights_ptr + (at * TILE)[:, :, None] + tl.arange(0, TILE)[None, None, :]
-        weights = _decode(tl.load(codes_ptr, mask=mask[:, :, None], other=0), weights_ptr)
+        weights = _decode(codes, weights_ptr)
         votes += tl.sum(weights * tl.exp2(largest - lse[None, :])[:, :, None], 1)
     if chunk * COLUMNS >= num_keys:
         return
@@ -176,5 +186,4 @@ def _lowrank_tally_kernel(
     column = chunk * COLUMNS + tl.arange(0, COLUMNS)
     votes = tl.where(column >= num_keys - window, float("inf"), votes)
     tl.store(votes_ptr + local * stride_votes + column, votes, mask=column < num_keys)
-    num_programs = tl.cdiv(num_keys, COLUMNS)
-    count_digits(state_ptr + local * STATE, votes, column < num_keys, wanted, num_programs, 0, BITS)
+    count_first(state_ptr + local * STATE, votes, column < num_keys)
