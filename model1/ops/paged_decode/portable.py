@@ -18,7 +18,6 @@ from model1.ops.channel_pieces import channel_pieces
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.kv_cache.layout import KVLayout
 from model1.ops.launch import (
-    USUAL_CHANNELS,
     device_target,
     launch_options,
     max_channels,
