@@ -252,13 +252,15 @@ _PLAIN_LAUNCHES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
     (16, 1, "fixed", {}),
     (16, 1, "whole", {}),
     (16, 2, "balanced", {"causal": True, "dtype": torch.float16}),
+    (32, 1, "balanced", {}),
+    (32, 1, "fixed", {}),
     (128, 1, "fixed", {}),
     (128, 1, "whole", {}),
 )
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """Blocks of 64 tokens, in bf16 and in both FP8 forms, read by 16 and by 128 heads.
+    """Blocks of 64 tokens, in bf16 and in both FP8 forms, read by 16, 32 and 128 heads.
 
     As FlashMLA's interface and as the engine launch them (ragged, with a sink and a causal mask).
     """
