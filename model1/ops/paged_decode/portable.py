@@ -257,6 +257,8 @@ _PLAIN_LAUNCHES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
     (16, 1, "fixed", {}),
     (16, 1, "whole", {}),
     (16, 2, "balanced", {"causal": True, "dtype": torch.float16}),
+    (32, 1, "balanced", {}),
+    (32, 1, "fixed", {}),
     (128, 1, "fixed", {}),
     (128, 1, "whole", {}),
 )
@@ -266,7 +268,7 @@ _WIDE_LAUNCHES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """Blocks of 64 tokens, in bf16 and in both FP8 forms, read by 16 and by 128 heads.
+    """Blocks of 64 tokens, in bf16 and in both FP8 forms, read by 16, 32 and 128 heads.
 
     As FlashMLA's interface and as the engine launch them (ragged, with a sink and a causal mask).
     The widest rows that MODEL1 has and the target takes are read by 16 heads with two queries.
