@@ -283,9 +283,9 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         for h, s_q, form, special in launches if d < widest else _WIDE_LAUNCHES:
             options = {"dtype": torch.bfloat16, "causal": False} | special
             problem = Problem(
-                layout=layout, d=d, value_dim=512 if d < widest else d, group=h, hkv=1, block_size=64, b=128, s_q=s_q,
-                max_seqlen=1, softmax_scale=1.0, empty_lse=0.0, deterministic=form == "fixed",
-                stored=options["dtype"], **options,
+                layout=layout, d=d, value_dim=512 if d < widest else d, group=h, hkv=1,
+                block_size=64, b=128, s_q=s_q, max_seqlen=1, softmax_scale=1.0, empty_lse=0.0,
+                deterministic=form == "fixed", stored=options["dtype"], **options,
             )  # fmt: skip
             config = choose_config(target, problem)
             cases.append(_main_case(problem, config, target, form))
