@@ -12,13 +12,15 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY_LINES = 23500  # all of model1/; growth is explained in the change that needs it
+LIBRARY_LINES = 25500  # all of model1/; growth is explained in the change that needs it
 FOLDERS = ("model1", "tests", "tools", "examples", "benchmarks")
 FILE_LINES = 300
 TEST_FILE_LINES = 400
 TRITON_FILE_LINES = 400  # a kernel and its launcher stay together
 FUNCTION_LINES = 40  # from `def` to the last line, the docstring not counted
-KERNEL_LINES = 150  # the same for a @triton.jit function, which cannot hand over its registers
+KERNEL_LINES = (
+    150  # the same for a @triton.jit or @gluon.jit function, which cannot hand over its registers
+)
 INIT_LINES = 40  # exports only
 OP_INIT_LINES = 150  # an operator's contract: docstrings, checks, dispatch
 
@@ -47,9 +49,9 @@ def is_triton_file(path: Path) -> bool:
 
 
 def function_limit(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """The limit of one function: Triton kernels and their device functions get more."""
+    """The limit of one function: kernels in Triton or Gluon and their device functions get more."""
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
-    is_kernel = any(text.startswith("triton.jit") for text in decorators)
+    is_kernel = any(text.startswith(("triton.jit", "gluon.jit")) for text in decorators)
     return KERNEL_LINES if is_kernel else FUNCTION_LINES
 
 

@@ -1,12 +1,14 @@
 """Which implementation of an operator runs.
 
-Built in are `ref` (plain PyTorch, any device) and `triton` (any GPU that Triton compiles for). A
-third party adds one through the entry-point group `model1.backends`: an object with the
-attributes of `Backend`. Each operator owns one `Operator`: a table from backend name to function.
+Built in are `ref` (plain PyTorch, any device), `triton` (any GPU that Triton compiles for) and, for
+some operators, `hopper` (sm_90 alone). A third party adds one through the entry-point group
+`model1.backends`: an object with the attributes of `Backend`. Each operator owns one `Operator`: a
+table from backend name to function.
 
 `resolve` turns what the caller asked for into a concrete name. "auto" takes `triton` on a GPU that
 has it, on any other accelerator the plug-in that claims its type and provides the operator, and
-`ref` elsewhere, and logs its choice. A name is obeyed or refused with `BackendUnavailable`.
+`ref` elsewhere, and logs its choice; where `hopper` is faster is for the operator to know, which
+asks `offers_hopper`. A name is obeyed or refused with `BackendUnavailable`.
 Nothing falls back once a kernel was chosen.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -27,6 +30,8 @@ import torch
 from model1.errors import BackendUnavailable
 
 ENTRY_POINT_GROUP = "model1.backends"
+# Gluon, the language of the Hopper kernels, still changes from one minor version to the next.
+GLUON_TRITON = (3, 6)
 _log = logging.getLogger(__name__)
 
 
@@ -62,11 +67,18 @@ class Operator:
 
     def _refusal(self, backend: str, device: torch.device) -> str | None:
         """Why a built-in backend cannot run here; None for one that can, and for plug-ins."""
+        if backend == "hopper":
+            has_kernel = "hopper" in self.implementations
+            return hopper_refusal(device) if has_kernel else "has no Hopper kernel"
         if backend not in ("auto", "triton") or (backend == "auto" and device.type == "cpu"):
             return None
         if "triton" not in self.implementations:
             return "has no Triton kernel"
         return triton_refusal(device, self.triton_min_capability)
+
+    def offers_hopper(self, device: torch.device) -> bool:
+        """Whether backend "hopper" would be obeyed on this device."""
+        return self._refusal("hopper", device) is None
 
     def load(self, backend: str) -> Callable[..., Any]:
         """The function of a concrete backend, as `resolve` returned it."""
@@ -79,6 +91,7 @@ class Operator:
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler: the
 # choice is made while a graph is traced and is no part of it.
 vars(Operator.resolve)["_dynamo_marked_constant"] = True
+vars(Operator.offers_hopper)["_dynamo_marked_constant"] = True
 
 
 def calls_ref_directly(backend: str) -> bool:
@@ -107,6 +120,22 @@ def triton_refusal(device: torch.device, min_capability: tuple[int, int]) -> str
     if capability < min_capability:
         asked, have = (f"sm_{major}{minor}" for major, minor in (min_capability, capability))
         return f"needs {asked}, device is {have}"
+    return None
+
+
+@functools.cache
+def hopper_refusal(device: torch.device) -> str | None:
+    """Why the Hopper kernels cannot run on this device, or None if they can."""
+    if not _has_triton():
+        return "needs Triton, which is not installed (pip install 'model1-llm[gpu]')"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an sm_90 GPU, device is {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"needs sm_90, device is sm_{capability[0]}{capability[1]}"
+    found = importlib.metadata.version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) != GLUON_TRITON:
+        return f"needs Triton {GLUON_TRITON[0]}.{GLUON_TRITON[1]}, found {found}"
     return None
 
 
@@ -148,7 +177,7 @@ def plug_ins() -> dict[str, Backend]:
 def _plug_in(name: str) -> Backend:
     found = plug_ins()
     if name not in found:
-        known = ", ".join(["auto", "ref", "triton", *sorted(found)])
+        known = ", ".join(["auto", "ref", "triton", "hopper", *sorted(found)])
         raise BackendUnavailable(f"backend must be one of {known}, got {name!r}")
     return found[name]
 
@@ -162,9 +191,9 @@ def _resolve(operator: str, backend: str, device_type: str, refusal: str | None)
         return name
     if backend == "ref":
         return backend
-    if backend == "triton":
+    if backend in ("triton", "hopper"):
         if refusal is not None:
-            raise BackendUnavailable(f"{operator}/triton {refusal}")
+            raise BackendUnavailable(f"{operator}/{backend} {refusal}")
         return backend
     if operator not in _plug_in(backend).operators:
         raise BackendUnavailable(f"{operator}/{backend}: the plug-in does not provide {operator}")

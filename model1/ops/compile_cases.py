@@ -37,3 +37,5 @@ class CompileCase:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # that a thread starts with, where the kernel divides them
+    spill_limit_bytes: int = 0  # where docs/kernels_hopper.md says why

@@ -86,25 +86,11 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
         return Config(block_m=16, block_n=16, num_warps=4, num_stages=1)
     if target.kind == "hip":
         return Config(block_m=16, block_n=32, num_warps=4, num_stages=2 if is_fp8 else 1)
-    if target.arch == 90 and (is_fp8 or rows > 32):
-        # 64 rows fill the matrix unit; two steps of 64 keys of 576 channels fill shared memory
-        channels = 128 if is_fp8 else 512
-        return Config(
-            block_m=64, block_n=64, channels=channels, num_warps=8, num_stages=2,
-            split_scores=True, is_tight=True,
-        )  # fmt: skip
+    if target.arch == 90 and (is_fp8 or rows > 16):
+        return _hopper_config(problem, rows)
     if is_fp8:
         return Config(block_m=16, block_n=32, num_warps=8, num_stages=2)
     if rows > 16:
-        if target.arch == 90:
-            # 64 keys take 16 % less time, but would spill unless all parts are equal
-            has_equal_parts = problem.hkv == 1 and problem.max_seqlen > 0
-            has_equal_parts &= problem.b <= _MAX_BALANCED_REQUESTS
-            is_long = has_equal_parts and not problem.is_ragged and not problem.deterministic
-            return Config(
-                block_m=32, block_n=64 if is_long else 32, channels=64, num_warps=4,
-                num_stages=2 if is_long else 3, is_tight=True, tiles_per_sm=2,
-            )  # fmt: skip
         has_large_shared_memory = target.arch in (80, 100)  # the others have 99 KB per block
         block_n = 32 if has_large_shared_memory else 16
         return Config(block_m=32, block_n=block_n, num_warps=8, num_stages=3)
@@ -114,6 +100,25 @@ def choose_config(target: KernelTarget, problem: Problem) -> Config:
             block_m=16, block_n=32, channels=channels, num_warps=4, num_stages=3, tiles_per_sm=2
         )
     return Config(block_m=16, block_n=32, num_warps=8, num_stages=3)
+
+
+def _hopper_config(problem: Problem, rows: int) -> Config:
+    is_fp8 = problem.layout is not None
+    if is_fp8 or rows > 32:
+        # 64 rows fill the matrix unit; two steps of 64 keys of 576 channels fill shared memory
+        channels = 128 if is_fp8 else 512
+        return Config(
+            block_m=64, block_n=64, channels=channels, num_warps=8, num_stages=2,
+            split_scores=True, is_tight=True,
+        )  # fmt: skip
+    # 64 keys take 16 % less time, but would spill unless all parts are equal
+    has_equal_parts = problem.hkv == 1 and problem.max_seqlen > 0
+    has_equal_parts &= problem.b <= _MAX_BALANCED_REQUESTS
+    is_long = has_equal_parts and not problem.is_ragged and not problem.deterministic
+    return Config(
+        block_m=32, block_n=64 if is_long else 32, channels=64, num_warps=4,
+        num_stages=2 if is_long else 3, is_tight=True, tiles_per_sm=2,
+    )  # fmt: skip
 
 
 def choose_schedule(config: Config, problem: Problem, num_sms: int) -> Schedule:

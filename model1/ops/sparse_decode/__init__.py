@@ -18,12 +18,14 @@ from model1.ops.sparse_decode.checks import (
     check_extra_scope,
     check_scope,
 )
+from model1.ops.sparse_decode.choice import choose_backend
 
 SPARSE_DECODE = Operator(
     name="sparse_decode",
     implementations={
         "ref": "model1.ops.sparse_decode.ref:sparse_decode_ref",
         "triton": "model1.ops.sparse_decode.portable:sparse_decode_triton",
+        "hopper": "model1.ops.sparse_decode.hopper:sparse_decode_hopper",
     },
 )
 
@@ -88,7 +90,10 @@ def sparse_decode(
         extra_kv_cache, extra_topk_indices, extra_topk_length, attn_sink,
         layout.name, layout.d_nope, layout.d_rope, block_size, extra_block_size or 1,
         value_dim, softmax_scale, empty_lse, deterministic,
-        SPARSE_DECODE.resolve(backend, q.device),
+        choose_backend(
+            SPARSE_DECODE, backend, q, topk_indices, extra_topk_indices, layout, value_dim,
+            deterministic,
+        ),
     )  # fmt: skip
     return (out.squeeze(1), lse.squeeze(1)) if is_flat else (out, lse)
 

@@ -60,7 +60,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scope:
+class Scope:
     """A cache, the slots that are attended in it and how many of them count."""
 
     kv_cache: Tensor | None
@@ -70,10 +70,12 @@ class _Scope:
 
     @property
     def topk(self) -> int:
+        """Entries of a list."""
         return 0 if self.slots is None else self.slots.shape[-1]
 
     @property
     def slot_strides(self) -> tuple[int, int]:
+        """From request to request and from query to query."""
         return (0, 0) if self.slots is None else (self.slots.stride(0), self.slots.stride(1))
 
     @property
@@ -176,8 +178,8 @@ def sparse_decode_triton(
     out = torch.empty(b, s_q, h, value_dim, dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty(b, s_q, h, dtype=torch.float32, device=q.device)
     if b > 0:
-        main = _Scope(kv_cache, topk_indices, topk_length, block_size)
-        extra = _Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
+        main = Scope(kv_cache, topk_indices, topk_length, block_size)
+        extra = Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
         config = config or choose_config(target, h, q.dtype, layout)
         scale_log2 = softmax_scale * math.log2(math.e)
         _launch(
@@ -200,7 +202,7 @@ def _check_widths(layout: KVLayout, most: int) -> None:
 
 
 def _launch(
-    q: Tensor, main: _Scope, extra: _Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
+    q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
     scale_log2: float, empty_lse: float, constants: dict[str, Any], config: Config,
     deterministic: bool,
 ) -> None:  # fmt: skip
@@ -221,7 +223,7 @@ def _launch(
         partial_lse = torch.empty(sizes, dtype=torch.float32, device=q.device)
     rows_per_length = s_q
     if deterministic and num_splits > 1:
-        main, extra = _without_padding(main, extra, b, s_q)
+        main, extra = without_padding(main, extra, b, s_q)
         rows_per_length = 1
     counts = (rows_per_length, h, main.topk, extra.topk, split_tiles)
     with torch.cuda.device_of(q):
@@ -240,7 +242,7 @@ def _launch(
             )  # fmt: skip
 
 
-def _without_padding(main: _Scope, extra: _Scope, b: int, s_q: int) -> tuple[_Scope, _Scope]:
+def without_padding(main: Scope, extra: Scope, b: int, s_q: int) -> tuple[Scope, Scope]:
     """The same lists, each row with a length of its own, at its last valid entry.
 
     Cut by these, a row's keys fall into the same tiles and splits however far the batch is padded.

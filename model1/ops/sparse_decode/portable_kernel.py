@@ -49,7 +49,7 @@ def _load_slots(
 
 
 @triton.jit
-def _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head):
+def weight_and_lse(row_max, row_sum, sink_ptr, head, is_head):
     """What the sum of p v is multiplied with, and the lse, base 2; the sink joins only the first.
 
     row_sum is the sum of 2^(exponent - row_max). Without a key: 0 and -inf.
@@ -63,7 +63,7 @@ def _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head):
 
 
 @triton.jit
-def _store_lse(lse_ptr, lse, is_head, empty_lse):
+def store_lse(lse_ptr, lse, is_head, empty_lse):
     """A base-2 lse as a natural one."""
     lse = tl.where(lse == float("-inf"), empty_lse, lse * LN_2)
     tl.store(lse_ptr, lse, mask=is_head)
@@ -218,11 +218,11 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
         is_head = head < h
     row_head = row.to(tl.int64) * h
     if num_tiles <= split_tiles:
-        weight, lse = _weight_and_lse(row_max, row_sum, sink_ptr, head, is_head)
-        _store_lse(lse_ptr + row_head + head, lse, is_head, empty_lse)
+        weight, lse = weight_and_lse(row_max, row_sum, sink_ptr, head, is_head)
+        store_lse(lse_ptr + row_head + head, lse, is_head, empty_lse)
         _store_pieces(out_ptr + row_head * VALUE_DIM, acc, weight, head, is_head, ROW, VALUE_DIM)
     else:
-        weight, lse = _weight_and_lse(row_max, row_sum, None, head, is_head)
+        weight, lse = weight_and_lse(row_max, row_sum, None, head, is_head)
         row_head += split.to(tl.int64) * num_rows * h
         tl.store(partial_lse_ptr + row_head + head, lse, mask=is_head)
         partial_ptr += row_head * VALUE_DIM
@@ -255,7 +255,7 @@ def _flash_fwd_mla_combine_kernel(
             partial_ptr + (at * VALUE_DIM)[:, None] + channel[None, :], mask=mask, other=0.0
         )
         acc, row_max, row_sum = merge_step(lse, partial, acc, row_max, row_sum)
-    weight, lse = _weight_and_lse(row_max, row_sum, sink_ptr, head, head < h)
-    _store_lse(lse_ptr + row_head, lse, head < h, empty_lse)
+    weight, lse = weight_and_lse(row_max, row_sum, sink_ptr, head, head < h)
+    store_lse(lse_ptr + row_head, lse, head < h, empty_lse)
     out = (acc * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row_head * VALUE_DIM + channel, out, mask=channel < VALUE_DIM)

@@ -1,0 +1,40 @@
+# Gluon functions run in a compiler whose values, calls and constants a type checker does not know.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
+# pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
+# pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
+"""Scores of a block of keys and the online softmax over blocks, for one warp group.
+
+Logits are base 2; what `model1.ops.online_softmax` is to portable kernels.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+
+@gluon.jit
+def block_scores(q_low, q_high, k_low, k_high, LAYOUT: gl.constexpr):
+    """q . k^T, fp32, of queries and keys in shared memory, both as two halves of their channels."""
+    scores = gl.full([q_low.shape[0], k_low.shape[0]], 0.0, gl.float32, layout=LAYOUT)
+    scores = warpgroup_mma(q_low, k_low.permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q_high, k_high.permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma_wait(0, deps=[scores])
+
+
+@gluon.jit
+def softmax_step(scores, largest, scale_log2):
+    """The weights 2^(logit - new maximum) of a block, the factor of all before, the new maximum."""
+    new_largest = gl.maximum(largest, gl.max(scores, 1) * scale_log2)
+    # a row that has seen no key must not compute inf - inf
+    shift = gl.where(new_largest == float("-inf"), 0.0, new_largest)
+    return gl.exp2(scores * scale_log2 - shift[:, None]), gl.exp2(largest - shift), new_largest
+
+
+@gluon.jit
+def log2_sum(largest, total):
+    """The base-2 log-sum-exp, -inf without keys, and what the output is to be multiplied with."""
+    is_empty = total == 0.0
+    total = gl.where(is_empty, 1.0, total)
+    return gl.where(is_empty, float("-inf"), largest + gl.log2(total)), 1.0 / total

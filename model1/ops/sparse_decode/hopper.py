@@ -1,0 +1,214 @@
+"""Sparse decode over MODEL1 caches on Hopper: sizes, schedules and launches.
+
+The host decides from shapes alone and never waits: a CUDA graph of the launches may be replayed
+with other slots and lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.ops.hopper.schedule import (
+    Lists,
+    Split,
+    _split_items_kernel,
+    _whole_items_kernel,
+    split_items,
+    whole_items,
+)
+from model1.ops.kv_cache import KVLayout
+from model1.ops.launch import launch_options, num_sms
+from model1.ops.sparse_decode.hopper_combine import _flash_fwd_mla_combine_kernel
+from model1.ops.sparse_decode.hopper_kernel import (
+    _flash_fwd_splitkv_mla_fp8_sparse_kernel,
+    tile_layout,
+)
+from model1.ops.sparse_decode.portable import Scope, without_padding
+
+HEADS = 64  # of a program
+CHANNELS = 512
+_ALIGNMENT_BYTES = 16  # of what a tensor map describes
+_COMBINE_WARPS = 4
+# Four warp groups share 65,536 registers. With 184 for those that attend they spill.
+_CONSTANTS: dict[str, Any] = {"CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64}
+_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+# In pairs of blocks: what partial results and their merge cost, guessed from measured calls.
+_MERGE_COST = 1.5
+
+
+def choose_rounds(rows: int, pairs: int, num_programs: int) -> int | None:
+    """Whole rows of `pairs` pairs for each program before the rest is split; None: split none."""
+    all_rounds, rounds = -(-rows // num_programs), rows // num_programs
+    rest = (rows - rounds * num_programs) * pairs
+    split_cost = rounds * pairs + -(-rest // num_programs) + _MERGE_COST
+    return None if all_rounds * pairs <= split_cost else rounds
+
+
+def sparse_decode_hopper(
+    q: Tensor,
+    kv_cache: Tensor,
+    topk_indices: Tensor,
+    *,
+    topk_length: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_topk_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    attn_sink: Tensor | None,
+    layout: KVLayout,
+    block_size: int,
+    extra_block_size: int,
+    value_dim: int,
+    softmax_scale: float,
+    empty_lse: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `model1.ops.sparse_decode.sparse_decode`; MODEL1 rows of 448 + 64 channels, bf16 queries.
+
+    Where rows are split it takes scratch memory of 257 KiB per SM. Queries whose strides or start
+    a tensor map cannot describe are copied first. deterministic: no row is split.
+    """
+    b, s_q, h, _ = q.shape
+    out = torch.empty(b, s_q, h, CHANNELS, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, s_q, h, dtype=torch.float32, device=q.device)
+    if b > 0:
+        main = Scope(kv_cache, topk_indices, topk_length, block_size)
+        extra = Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
+        scale_log2 = softmax_scale * math.log2(math.e)
+        with torch.cuda.device_of(q):
+            _launch(q, main, extra, attn_sink, out, lse, scale_log2, empty_lse, deterministic)
+    return out, lse
+
+
+def _launch(
+    q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
+    scale_log2: float, empty_lse: float, deterministic: bool,
+) -> None:  # fmt: skip
+    b, s_q, h, _ = q.shape
+    groups = -(-h // HEADS)
+    num_programs = max(1, num_sms(q.device) // groups)
+    plan = _plan(main, extra, b, s_q, num_programs, deterministic)
+    items = plan.items if isinstance(plan, Split) else plan
+    partial, partial_lse = out, lse
+    if isinstance(plan, Split):
+        sizes = (2 * num_programs * groups, HEADS)
+        partial = torch.empty(*sizes, CHANNELS, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(sizes, dtype=torch.float32, device=q.device)
+    if extra.kv_cache is None:
+        extra = main  # whose lists no item then names as the second
+    _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * groups,)](
+        _tensor_map(q), _tensor_map(out), lse, partial, partial_lse, attn_sink, items,
+        items.stride(0), main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
+        main.kv_cache, *_addressing(main), extra.kv_cache, *_addressing(extra), h, s_q, groups,
+        scale_log2, empty_lse, 0, **_CONSTANTS, **_OPTIONS,
+    )  # fmt: skip
+    if isinstance(plan, Split):
+        _flash_fwd_mla_combine_kernel[((b * s_q - plan.first_row) * h,)](
+            out, lse, partial, partial_lse, attn_sink, plan.bounds, plan.spans, plan.first_row, h,
+            groups, num_programs, empty_lse, BLOCK_G=triton.next_power_of_2(num_programs),
+            **launch_options(_COMBINE_WARPS, 1),
+        )  # fmt: skip
+
+
+def _addressing(scope: Scope) -> tuple[int, int, int, int, int]:
+    """`Scope.addressing`; the divisor's 32 bits are read with a sign."""
+    units, size, divisor, shift, last_slot = scope.addressing
+    return units, size, divisor - ((divisor >> 31) << 32), shift, last_slot
+
+
+def _tensor_map(x: Tensor) -> TensorDescriptor:
+    """[b, s_q, h, d] in pieces of 64 heads and 256 channels."""
+    strides = [2 * stride for stride in x.stride()[:-1]]
+    if x.data_ptr() % _ALIGNMENT_BYTES or any(s % _ALIGNMENT_BYTES or s == 0 for s in strides):
+        x = x.contiguous() if not x.is_contiguous() else x.clone()
+    block: Any = [1, 1, HEADS, CHANNELS // 2], tile_layout(4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), *block)
+
+
+def _plan(
+    main: Scope, extra: Scope, b: int, s_q: int, num_programs: int, deterministic: bool
+) -> Tensor | Split:
+    """Whole rows only, or some of them split."""
+    queries = 1
+    if deterministic:
+        # cut at their last valid entries, or a row's blocks would follow the batch's padding
+        main, extra = without_padding(main, extra, b, s_q)
+        b, s_q, queries = b * s_q, 1, s_q
+    assert main.slots is not None
+    lists = Lists(
+        b=b, s_q=s_q, topk=main.topk, extra_topk=extra.topk, length=main.length,
+        extra_length=extra.length, device=main.slots.device, queries=queries,
+    )  # fmt: skip
+    if deterministic:
+        return whole_items(lists, num_programs)
+    if lists.has_length:
+        # rows half as long as they may be: the longest of many is no worse than a merge
+        is_whole = 5 * lists.rows >= 4 * num_programs
+        return whole_items(lists, num_programs) if is_whole else split_items(lists, num_programs, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return _fixed_plan(lists, num_programs)  # what a capture allocates belongs to its graph
+    return _kept_plan(lists, num_programs)
+
+
+def _fixed_plan(lists: Lists, num_programs: int) -> Tensor | Split:
+    """The plan of lists whose lengths are their widths: it depends on shapes alone."""
+    rounds = choose_rounds(lists.rows, lists.max_pairs, num_programs)
+    if rounds is None:
+        return whole_items(lists, num_programs)
+    return split_items(lists, num_programs, rounds)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_plan(lists: Lists, num_programs: int) -> Tensor | Split:
+    plan = _fixed_plan(lists, num_programs)
+    torch.cuda.current_stream().synchronize()  # once: any stream may use it from now on
+    return plan
+
+
+_TENSOR_MAP = (
+    "tensordesc<bf16[1, 1, 64, 256],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
+    "rank=4, transposed=False, fp4_padded=False, cga_layout=[])>"
+)
+_TYPES = {
+    "q_desc": _TENSOR_MAP, "out_desc": _TENSOR_MAP, "out_ptr": "*bf16", "lse_ptr": "*fp32",
+    "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "main_cache": "*u8",
+    "extra_cache": "*u8", "items_ptr": "*i32", "main_slots": "*i32", "extra_slots": "*i32",
+    "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
+    "scale_log2": "fp32", "empty_lse": "fp32",
+}  # fmt: skip
+# Most of it lies around the loops; what is in them is few words a block. Found by reading the SASS.
+_SPILL_LIMIT_BYTES = 64
+
+
+def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
+    """Attention with and without a sink, the merge and both schedules, on Hopper alone."""
+    if target != KernelTarget("cuda", 90):
+        return []
+    kernel, merge = _flash_fwd_splitkv_mla_fp8_sparse_kernel, _flash_fwd_mla_combine_kernel
+    main = {**launch_options(4, 1), "max_registers": _OPTIONS["maxnreg"]}
+    main["spill_limit_bytes"] = _SPILL_LIMIT_BYTES
+    small = launch_options(_COMBINE_WARPS, 1)
+    sizes = {"BLOCK_G": 256}
+    no_length = {"length_ptr": None, "extra_length_ptr": None}
+    return [
+        _case("sparse_decode sink", kernel, _CONSTANTS, main),
+        _case("sparse_decode", kernel, _CONSTANTS | {"sink_ptr": None}, main),
+        _case("combine", merge, sizes, small),
+        _case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),
+        _case("split items", _split_items_kernel, {"BLOCK_R": 256, **no_length}, small),
+    ]
+
+
+def _case(
+    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any]
+) -> CompileCase:
+    types = dict.fromkeys(kernel.arg_names, "i32") | _TYPES
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    return CompileCase(f"hopper {name}", kernel, signature, constants, **options)

@@ -1,0 +1,164 @@
+# Gluon functions run in a compiler whose values, calls and constants a type checker does not know.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
+# pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
+# pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
+"""The gathering half of sparse decode on Hopper: from lists of slots to bf16 keys."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from model1.ops.hopper.items import item_field
+from model1.ops.hopper.rows import (
+    TOKENS,
+    codes_layout,
+    convert_codes,
+    load_codes,
+    load_rope,
+    nan_bits,
+    prefetch_rows,
+    row_pointers,
+    side_by_side,
+)
+
+BLOCK = gl.constexpr(64)  # tokens of a block
+
+
+@gluon.jit
+def _open_list(items, item, block, lists, main, extra):
+    """Where an item's slots continue with `block`, how many entries are left, and their cache."""
+    num_main = item_field(items, item, 5)
+    main_blocks = (num_main + 63) >> 6
+    is_main = block < main_blocks
+    first = gl.where(is_main, block, block - main_blocks) * BLOCK
+    left = gl.where(is_main, num_main, item_field(items, item, 6)) - first
+    start = gl.where(is_main, lists[0], lists[3])
+    start += item_field(items, item, 0).to(gl.int64) * gl.where(is_main, lists[1], lists[4])
+    start += item_field(items, item, 1).to(gl.int64) * gl.where(is_main, lists[2], lists[5])
+    cache = (
+        gl.where(is_main, main[0], extra[0]), gl.where(is_main, main[1], extra[1]),
+        gl.where(is_main, main[2], extra[2]), gl.where(is_main, main[3], extra[3]),
+        gl.where(is_main, main[4], extra[4]), gl.where(is_main, main[5], extra[5]),
+    )  # fmt: skip
+    return start + first, left, cache
+
+
+@gluon.jit
+def _load_slots(start, left, HALF_BLOCK: gl.constexpr):
+    """The slots of half a block; -1 where the list has ended."""
+    token = HALF_BLOCK * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, codes_layout()))
+    return gl.load(start + token, mask=token < left, other=-1)
+
+
+@gluon.jit
+def _next_block(items, item, block, end, start, left, cache, lists, main, extra):
+    """One block on; behind the last item stands an entry without slots and without an end."""
+    block += 1
+    start += BLOCK
+    left -= BLOCK
+    if (left <= 0) | (block == end):
+        is_end = block == end
+        item = gl.where(is_end, item + 1, item)
+        block = gl.where(is_end, item_field(items, item, 2), block)
+        end = item_field(items, item, 3)
+        start, left, cache = _open_list(items, item, block, lists, main, extra)
+    return item, block, end, start, left, cache
+
+
+@gluon.jit
+def _pointers(slot, cache):
+    return row_pointers(slot, cache[0], cache[1], cache[2], cache[3], cache[4], cache[5])
+
+
+@gluon.jit
+def gather_keys(
+    HALF_BLOCK: gl.constexpr, items, num_items, lists, main, extra, k_low, k_high, bias, k_ready,
+    low_free, high_free,
+):  # fmt: skip
+    """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
+
+    What is stored here is fenced where it is read: a fence here would wait for the next block's
+    loads as well.
+    """
+    WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
+    if num_items > 0:
+        item, block, end = 1, item_field(items, 1, 2), item_field(items, 1, 3)
+        item_now, left_now = 1, end - block
+        start, left, cache = _open_list(items, item, block, lists, main, extra)
+        rows, scales, exists = _pointers(_load_slots(start, left, HALF_BLOCK), cache)
+        item, block, end, start, left, cache = _next_block(
+            items, item, block, end, start, left, cache, lists, main, extra
+        )
+        next_rows, next_scales, next_exists = _pointers(_load_slots(start, left, HALF_BLOCK), cache)
+        item, block, end, start, left, cache = _next_block(
+            items, item, block, end, start, left, cache, lists, main, extra
+        )
+        slot = _load_slots(start, left, HALF_BLOCK)
+        scale_low = gl.load(scales, mask=exists, other=0)
+        scale_high = gl.load(scales + 1, mask=exists, other=0)
+        x0 = load_codes(rows, exists, 0)
+        x1 = load_codes(rows, exists, 1)
+        x2 = load_codes(rows, exists, 2)
+        x3 = load_codes(rows, exists, 3)
+        x4 = load_codes(rows, exists, 4)
+        x5 = load_codes(rows, exists, 5)
+        x6 = load_codes(rows, exists, 6)
+        rope = load_rope(rows, exists)
+        num_blocks = 0
+        while item_now <= num_items:
+            buffer, phase = num_blocks & 1, (num_blocks >> 1) & 1
+            low = k_low.index(buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
+            high = k_high.index(buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
+            low = low.slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
+            high = high.slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
+            new_bias = gl.where(exists, 0.0, float("-inf"))
+            rows, exists = next_rows, next_exists
+            mbarrier.wait(low_free.index(buffer), phase ^ 1)
+            # a scale byte of 255, or any NaN code, makes every product with the token NaN
+            nan = nan_bits(gl.zeros_like(scale_low), scale_low) & scale_low
+            found = nan_bits(gl.zeros_like(x0), x0)
+            found = nan_bits(nan_bits(nan_bits(found, x1), x2), x3)
+            nan |= gl.reduce_or(found, 1)
+            low.slice(0, 64, dim=1).store(
+                side_by_side(convert_codes(x0, scale_low, 0), convert_codes(x1, scale_low, 1))
+            )
+            low.slice(64, 64, dim=1).store(
+                side_by_side(convert_codes(x2, scale_low, 2), convert_codes(x3, scale_low, 3))
+            )
+            scale_low = gl.load(next_scales, mask=exists, other=0)
+            x0 = load_codes(rows, exists, 0)
+            x1 = load_codes(rows, exists, 1)
+            x2 = load_codes(rows, exists, 2)
+            x3 = load_codes(rows, exists, 3)
+            mbarrier.wait(high_free.index(buffer), phase ^ 1)
+            nan |= nan_bits(gl.zeros_like(nan), scale_high & 0xFFFFFF) & scale_high
+            found = nan_bits(gl.zeros_like(x4), x4)
+            nan |= gl.reduce_or(nan_bits(nan_bits(found, x5), x6), 1)
+            new_bias = gl.where(nan != 0, float("nan"), new_bias)
+            y6 = convert_codes(x6, scale_high, 2)
+            high.slice(64, 64, dim=1).store(
+                side_by_side(y6, gl.convert_layout(rope, y6.type.layout, assert_trivial=True))
+            )
+            high.slice(0, 64, dim=1).store(
+                side_by_side(convert_codes(x4, scale_high, 0), convert_codes(x5, scale_high, 1))
+            )
+            scale_high = gl.load(next_scales + 1, mask=exists, other=0)
+            x4 = load_codes(rows, exists, 4)
+            x5 = load_codes(rows, exists, 5)
+            x6 = load_codes(rows, exists, 6)
+            rope = load_rope(rows, exists)
+            bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0).store(new_bias)
+            mbarrier.arrive(k_ready.index(buffer), count=1)
+            next_rows, next_scales, next_exists = _pointers(slot, cache)
+            prefetch_rows(next_rows, next_scales)
+            item, block, end, start, left, cache = _next_block(
+                items, item, block, end, start, left, cache, lists, main, extra
+            )
+            slot = _load_slots(start, left, HALF_BLOCK)
+            left_now -= 1
+            if left_now == 0:
+                item_now += 1
+                left_now = item_field(items, item_now, 3) - item_field(items, item_now, 2)
+            num_blocks += 1
