@@ -212,9 +212,13 @@ def check_batch_invariance(
 
 
 def check_random_case(
-    number: int, layouts: list[KVLayout], heads: list[int], topks: list[int], bs: list[int]
-) -> None:
-    """Draw a call from its number, run it and compare; the message names the number."""
+    number: int, layouts: list[KVLayout], heads: list[int], topks: list[int], bs: list[int],
+    call: Callable[[dict[str, Any]], tuple[Tensor, Tensor]] | None = None,
+) -> None:  # fmt: skip
+    """Draw a call from its number, run it and compare; the message names the number.
+
+    call: what runs it, if not the portable kernel.
+    """
     random.seed(number)
     torch.manual_seed(number)
     layout, has_second, has_length = (
@@ -236,7 +240,8 @@ def check_random_case(
     split_tiles = random.choice([None, None, 1, 3])
     try:
         arguments = make_arguments(shape)
-        assert_right(run(arguments, split_tiles), arguments)
+        got = run(arguments, split_tiles) if call is None else call(arguments)
+        assert_right(got, arguments)
     except AssertionError as error:
         raise AssertionError(
             f"case {number}, {shape}, split_tiles {split_tiles}: {error}"

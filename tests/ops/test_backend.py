@@ -167,7 +167,8 @@ def test_two_plug_ins_for_one_device_are_a_question(monkeypatch: pytest.MonkeyPa
 def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, ascend=Plugin("meta"))
     with pytest.raises(
-        BackendUnavailable, match=r"^backend must be one of auto, ref, triton, ascend, got 'tritn'$"
+        BackendUnavailable,
+        match=r"^backend must be one of auto, ref, triton, hopper, ascend, got 'tritn'$",
     ):
         BOTH.resolve("tritn", CPU)
 

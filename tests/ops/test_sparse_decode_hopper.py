@@ -1,0 +1,223 @@
+"""The Hopper kernel of sparse decode: right, batch-invariant, chosen only where it may run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sparse_decode_cases import (
+    DEVICE,
+    Shape,
+    assert_right,
+    check_batch_invariance,
+    check_random_case,
+    make_arguments,
+    store,
+)
+from torch import Tensor
+
+from model1.errors import BackendUnavailable
+from model1.ops import backend as backend_module
+from model1.ops.backend import GLUON_TRITON, hopper_refusal
+from model1.ops.kv_cache import KVLayout, allocate_kv_cache
+from model1.ops.sparse_decode import SPARSE_DECODE, sparse_decode
+from model1.ops.sparse_decode.choice import choose_backend, hopper_call_refusal, hopper_wins
+
+MODEL1 = KVLayout("model1_fp8", 448, 64)
+NOT_HERE = hopper_refusal(torch.device(DEVICE))
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NOT_HERE is not None, reason=f"the Hopper kernel {NOT_HERE}"),
+]
+hopper = functools.partial(sparse_decode, backend="hopper")
+
+
+def call(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+    return hopper(**arguments, **options)
+
+
+class TestOnHopper:
+    pytestmark = on_hopper
+
+    @pytest.mark.parametrize("first", range(3000, 3600, 20))
+    def test_random_calls_are_right(self, first: int) -> None:
+        heads = [1, 3, 8, 16, 17, 32, 63, 64, 65, 126, 128, 130]
+        topks = [1, 63, 64, 65, 128, 200, 576, 2048]
+        for number in range(first, first + 20):
+            check_random_case(number, [MODEL1], heads, topks, [1, 2, 5, 16, 70], call)
+
+    @pytest.mark.parametrize("b", [3, 66, 70, 140])
+    @pytest.mark.parametrize("has_length", [False, True])
+    def test_every_schedule_is_right(self, b: int, has_length: bool) -> None:
+        shape = Shape(
+            layout=MODEL1, b=b, s_q=2, h=64, topk=128, block_size=64, extra_block_size=2,
+            has_length=has_length, has_sink=True,
+        )  # fmt: skip
+        for extra_topk in (0, 600):
+            arguments = make_arguments(replace(shape, extra_topk=extra_topk))
+            assert_right(call(arguments), arguments)
+            assert_right(call(arguments, deterministic=True), arguments)
+
+    def test_rows_without_keys_give_zero_and_the_empty_lse(self) -> None:
+        arguments = make_arguments(
+            Shape(layout=MODEL1, b=3, h=2, topk=70, extra_topk=20, has_sink=True)
+        )
+        arguments["topk_indices"][:2] = -1
+        arguments["extra_topk_indices"][1:] = -1
+        out, lse = call(arguments | {"empty_lse": 7.0})
+        assert (lse[1] == 7.0).all()
+        assert not out[1].any()
+        empty = arguments | {"topk_indices": arguments["topk_indices"][..., :0]}
+        assert_right(call(empty), empty)
+
+    @pytest.mark.parametrize(("code", "scale"), [(0x7F, None), (0xFF, None), (None, 255)])
+    def test_a_nan_comes_out_in_its_row_only(self, code: int | None, scale: int | None) -> None:
+        arguments = make_arguments(Shape(layout=MODEL1, b=2, s_q=2, h=3, topk=70, block_size=64))
+        want, want_lse = call(arguments)
+        cache = arguments["kv_cache"]
+        unused = set(range(64)) - set(arguments["topk_indices"].flatten().tolist())
+        slot = unused.pop()
+        arguments["topk_indices"][1, 0, 17] = slot
+        store(cache, torch.tensor([slot]), MODEL1, 64)
+        if code is not None:
+            cache[0, slot * 576 + 447] = code
+        if scale is not None:
+            cache[0, 64 * 576 + slot * 8 + 6] = scale
+        cache[0, 64 * 576 + slot * 8 + 7] = 255  # the byte that means nothing
+        out, lse = call(arguments)
+        assert out[1, 0].isnan().all()
+        assert lse[1, 0].isnan().all()
+        out[1, 0], lse[1, 0] = want[1, 0], want_lse[1, 0]
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+    @pytest.mark.parametrize("exponents", [(0, 30), (118, 137), (134, 136)])
+    def test_scales_of_any_size(self, exponents: tuple[int, int]) -> None:
+        arguments = make_arguments(Shape(layout=MODEL1, b=2, h=64, topk=128, block_size=64))
+        cache = arguments["kv_cache"]
+        scales = cache[:, 64 * 576 : 64 * 584].unflatten(1, (64, 8))[..., :7]
+        drawn = torch.randint(*exponents, scales.shape, device=DEVICE, dtype=torch.uint8)
+        scales.copy_(torch.where(scales == 255, scales, drawn))
+        arguments["softmax_scale"] = 2.0 ** -(exponents[1] - 118)
+        assert_right(call(arguments), arguments)
+
+    def test_slots_beyond_two_gibibytes(self) -> None:
+        stride = -(-(3 << 30) // MODEL1.row_bytes) * MODEL1.row_bytes
+        cache = allocate_kv_cache(2 * stride // MODEL1.block_stride_bytes(1), 1, MODEL1, DEVICE)
+        cache = cache.as_strided((2, MODEL1.block_bytes(2)), (stride, 1))
+        arguments = make_arguments(Shape(layout=MODEL1, b=1, topk=2, block_size=2))
+        arguments["kv_cache"] = cache
+        arguments["topk_indices"][0, 0] = torch.tensor([3, 0])
+        store(cache, torch.tensor([0, 3]), MODEL1, 2)
+        assert_right(call(arguments), arguments)
+
+    def test_slots_outside_their_cache_do_not_count(self) -> None:
+        arguments = make_arguments(Shape(layout=MODEL1, b=2, topk=70, block_size=4, extra_topk=65))
+        for prefix in ("", "extra_"):
+            slots = arguments[f"{prefix}topk_indices"]
+            end = len(arguments[f"{prefix}kv_cache"]) * arguments[f"{prefix}block_size"]
+            wrong = torch.tensor([end, end + 40, 2**31 - 1, -(2**31), -2], device=DEVICE).int()
+            drawn = wrong[torch.randint(5, slots.shape, device=DEVICE)]
+            arguments[f"{prefix}topk_indices"] = torch.where(slots < 0, drawn, slots)
+        assert_right(call(arguments), arguments)
+
+    def test_queries_of_any_strides(self) -> None:
+        arguments = make_arguments(Shape(layout=MODEL1, b=3, s_q=2, h=5, topk=90))
+        q = arguments["q"]
+        padded = torch.nn.functional.pad(q, (1, 2))  # rows of 515 numbers: no tensor map has them
+        for same in (q.transpose(0, 1).contiguous().transpose(0, 1), padded[..., 1:-2]):
+            assert_right(call(arguments | {"q": same}), arguments)
+        one = arguments | {"q": q[:1, :1].expand_as(q)}
+        assert_right(call(one), one)
+
+    def test_deterministic_rows_do_not_depend_on_their_batch_mates(self) -> None:
+        arguments = make_arguments(
+            Shape(layout=MODEL1, b=4, s_q=2, h=3, topk=300, extra_topk=200, has_sink=True)
+        )
+        check_batch_invariance(arguments, functools.partial(call, deterministic=True))
+
+    @pytest.mark.parametrize("b", [2, 70])
+    @pytest.mark.parametrize("has_length", [False, True])
+    def test_a_captured_call_follows_other_lists_and_lengths(
+        self, b: int, has_length: bool
+    ) -> None:
+        shape = Shape(layout=MODEL1, b=b, s_q=2, h=64, topk=200, has_length=has_length)
+        first, second = make_arguments(shape), make_arguments(shape)
+        names = ["q", "kv_cache", "topk_indices"] + ["topk_length"] * has_length
+        held = first | {n: first[n].clone() for n in names}
+        graph = torch.cuda.CUDAGraph()
+        call(held)
+        with torch.cuda.graph(graph):
+            got = call(held)
+        for arguments in (second, first):
+            for n in names:
+                held[n].copy_(arguments[n])
+            graph.replay()
+            assert_right(got, arguments)
+
+
+def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
+    assert hopper_call_refusal(MODEL1, torch.bfloat16, 512) is None
+    wide = KVLayout("model1_fp8", 512, 64)
+    assert "448 + 64" in str(hopper_call_refusal(wide, torch.bfloat16, 576))
+    assert "bfloat16" in str(hopper_call_refusal(MODEL1, torch.float16, 512))
+    assert "value_dim is 448" in str(hopper_call_refusal(MODEL1, torch.bfloat16, 448))
+
+
+def test_a_machine_that_is_no_hopper_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make_arguments(Shape(layout=MODEL1), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    hopper_refusal.cache_clear()
+    with pytest.raises(BackendUnavailable, match=r"sparse_decode/hopper needs"):
+        call(arguments)
+    hopper_refusal.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [("3.5.1", False), ("3.6.0", True), ("3.6.9", True), ("3.7.0", False), ("4.6.0", False)],
+)
+def test_gluon_is_supported_in_triton_3_6(
+    version: str, is_supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert GLUON_TRITON == (3, 6)
+    monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend_module.importlib.metadata, "version", lambda name: version)
+    refusal = hopper_refusal.__wrapped__(torch.device("cuda"))
+    assert (refusal is None) == is_supported
+    if refusal is not None:
+        assert refusal == f"needs Triton 3.6, found {version}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "h", "entries", "wins"),
+    [(128, 64, 640, True), (64, 128, 1152, True), (127, 64, 640, False), (512, 32, 640, False),
+     (512, 64, 511, False)],
+)  # fmt: skip
+def test_it_wins_where_there_are_many_rows_and_heads(
+    rows: int, h: int, entries: int, wins: bool
+) -> None:
+    assert hopper_wins(rows, h, entries) == wins
+
+
+def test_auto_takes_it_where_it_wins_and_never_for_deterministic_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(type(SPARSE_DECODE), "resolve", lambda self, backend, device: "triton")
+    monkeypatch.setattr(type(SPARSE_DECODE), "offers_hopper", lambda self, device: True)
+    q = torch.empty(64, 2, 64, 512, dtype=torch.bfloat16)
+    slots = torch.empty(64, 2, 640, dtype=torch.int32)
+
+    def chosen(backend: str = "auto", q: Tensor = q, *, deterministic: bool = False) -> str:
+        return choose_backend(SPARSE_DECODE, backend, q, slots, None, MODEL1, 512, deterministic)
+
+    assert chosen() == "hopper"
+    assert chosen("triton") == "triton"
+    assert chosen(deterministic=True) == "triton"
+    assert chosen(q=q[:63]) == "triton"
+    assert chosen(q=q.float()) == "triton"
