@@ -77,8 +77,11 @@ class Operator:
         return triton_refusal(device, self.triton_min_capability)
 
     def offers_hopper(self, device: torch.device) -> bool:
-        """Whether backend "hopper" would be obeyed on this device."""
-        return self._refusal("hopper", device) is None
+        """Whether backend "hopper" would be obeyed on this device; an offer is logged once."""
+        if self._refusal("hopper", device) is not None:
+            return False
+        _say_hopper(self.name)
+        return True
 
     def load(self, backend: str) -> Callable[..., Any]:
         """The function of a concrete backend, as `resolve` returned it."""
@@ -198,6 +201,11 @@ def _resolve(operator: str, backend: str, device_type: str, refusal: str | None)
     if operator not in _plug_in(backend).operators:
         raise BackendUnavailable(f"{operator}/{backend}: the plug-in does not provide {operator}")
     return backend
+
+
+@functools.cache
+def _say_hopper(operator: str) -> None:
+    _log.info("%s runs on backend hopper (cuda) in calls where it is the faster one", operator)
 
 
 def _automatic(operator: str, device_type: str, triton_is_refused: str | None) -> str:
