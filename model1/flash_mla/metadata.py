@@ -67,7 +67,7 @@ def require(condition: bool, message: str) -> None:
 
 def require_entries(name: str, indices: Tensor) -> None:
     """Raise ValueError for lists without room, which FlashMLA refuses; our operators take them."""
-    if indices.shape[-1] == 0:
+    if indices.dim() > 0 and indices.shape[-1] == 0:
         raise ValueError(f"{name} must have topk > 0, got {list(indices.shape)}")
 
 

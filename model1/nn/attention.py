@@ -67,8 +67,7 @@ class Attention(nn.Module):
         self.gate = OutputGate(config) if config.vvpa.output_gate else None
         self.temperature = LogTemperature(config) if config.vvpa.log_temperature else None
         self.selector = LowRankSelector(config) if config.sparse is not None else None
-        gates = [] if self.gate is None else [self.gate.proj]
-        self.joint = JointLinear(self.wq_a, self.wkv, *gates)
+        self.joint = JointLinear()
 
     @property
     def spec(self) -> AttendSpec:
@@ -77,11 +76,20 @@ class Attention(nn.Module):
             self.value_dim, self.softmax_scale, self.attn_sink, self.selector, self.kv_norm
         )
 
+    def _maps(self) -> list[Linear]:
+        """What reads x."""
+        gates = [] if self.gate is None else [self.gate.proj]
+        return [self.wq_a, self.wkv, *gates]
+
+    def pack_int8(self) -> None:
+        """Join the packed copies of the maps that read x."""
+        self.joint.pack_int8(*self._maps())
+
     def project(
         self, layer_id: int, x: Tensor, context: Context
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of x [t, c]: queries [t, h, d], what the context makes of its latents, gate [t, h]."""
-        low, kv, *logits = self.joint(x)
+        low, kv, *logits = self.joint(x, *self._maps())
         gate = None if self.gate is None else self.gate(logits[0], context.log_position)
         return self._queries(low, context), context.latents(layer_id, kv, self.spec), gate
 

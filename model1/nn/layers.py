@@ -13,6 +13,8 @@ from model1.ops.norm import rms_norm
 # Up to this many rows a product with 8-bit weights is bound by reading them; beyond, arithmetic
 # decides and fp32 wins. AMD EPYC, 2 cores, torch 2.13, 2026-11-22: 1 row 0.35x, 8 rows 0.66x.
 INT8_MAX_ROWS = 16
+# torch._weight_int8pack_mm reads beyond rows of other widths: wrong numbers or a crash, torch 2.13.
+_INT8_WIDTH_STEP = 8
 
 
 def new_weight(*shape: int, std: float) -> nn.Parameter:
@@ -28,7 +30,8 @@ class Linear(nn.Module):
         super().__init__()
         std = 0.0 if zero_init else in_features**-0.5
         self.weight = new_weight(out_features, in_features, std=std)
-        self.int8: tuple[Tensor, Tensor] | None = None  # codes [out, in], scale [out] bf16
+        # codes [out, in, zeros up to a multiple of 8], scale [out] bf16
+        self.int8: tuple[Tensor, Tensor] | None = None
 
     def pack_int8(self) -> None:
         """Add an 8-bit copy for steps of a few tokens on a CPU, and round the weight to it.
@@ -40,7 +43,8 @@ class Linear(nn.Module):
         scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127.0).bfloat16()
         codes = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         self.weight.data = (codes * scale.float()[:, None]).to(self.weight.dtype)
-        self.int8 = codes.to(torch.int8), scale
+        codes = F.pad(codes.to(torch.int8), (0, -codes.shape[1] % _INT8_WIDTH_STEP))
+        self.int8 = codes, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -52,28 +56,28 @@ class Linear(nn.Module):
 class JointLinear:
     """Linear maps of one input: one product where they are packed. Their modules own the weights.
 
-    No module itself, so that no weight has two names.
+    No module itself, so that no weight has two names, and given its maps with each call, so that
+    one that was replaced counts.
     """
 
-    def __init__(self, *maps: Linear) -> None:
-        self.maps = maps
-        self.widths = [m.weight.shape[0] for m in maps]
+    def __init__(self) -> None:
+        self.widths: list[int] = []
         self.int8: tuple[Tensor, Tensor] | None = None
 
-    def pack_int8(self) -> None:
+    def pack_int8(self, *maps: Linear) -> None:
         """Lay the packed copies of the maps behind each other; these become parts of it."""
-        packed = [m.int8 for m in self.maps]
-        codes, scale = (torch.cat(parts) for parts in zip(*packed, strict=True))
+        self.widths = [m.weight.shape[0] for m in maps]
+        codes, scale = (torch.cat(parts) for parts in zip(*(m.int8 for m in maps), strict=True))
         pieces = zip(codes.split(self.widths), scale.split(self.widths), strict=True)
-        for linear, piece in zip(self.maps, pieces, strict=True):
+        for linear, piece in zip(maps, pieces, strict=True):
             linear.int8 = piece
         self.int8 = codes, scale
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+    def __call__(self, x: Tensor, *maps: Linear) -> Sequence[Tensor]:
         """[..., in_features] to [..., out_features] of each map."""
         if self.int8 is not None and _is_few_rows(x):
             return _int8_product(x, *self.int8).split_with_sizes(self.widths, dim=-1)
-        return [m(x) for m in self.maps]
+        return [m(x) for m in maps]
 
 
 def _is_few_rows(x: Tensor) -> bool:
@@ -82,7 +86,10 @@ def _is_few_rows(x: Tensor) -> bool:
 
 
 def _int8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return torch._weight_int8pack_mm(x.bfloat16(), codes, scale).type_as(x)
+    x_bf16 = x.bfloat16()
+    if codes.shape[1] != x.shape[1]:
+        x_bf16 = F.pad(x_bf16, (0, codes.shape[1] - x.shape[1]))
+    return torch._weight_int8pack_mm(x_bf16, codes, scale).type_as(x)
 
 
 class Embedding(nn.Module):

@@ -40,8 +40,11 @@ class HyperConnection(nn.Module):
 
     def coefficients(self, x: Tensor) -> MhcCoefficients:
         """Mixing weights from the streams x [t, n, c]."""
+        # the gradient of index_select adds in no fixed order on a GPU, that of an index does
+        is_trained = torch.is_grad_enabled()
+        scale = self.scale[self.group] if is_trained else self.scale.index_select(0, self.group)
         weights = mhc_coefficients(
-            x, self.fn, self.scale.index_select(0, self.group), self.base,
+            x, self.fn, scale, self.base,
             iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
         )  # fmt: skip
         if self.worst_error is not None:

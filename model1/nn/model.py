@@ -162,7 +162,7 @@ class Model(nn.Module):
                 module.pack_int8()
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
-                module.joint.pack_int8()
+                module.pack_int8()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits of final hidden states."""

@@ -22,11 +22,15 @@ class FeedForward(nn.Module):
         self.w1 = Linear(config.hidden_size, intermediate_size)
         self.w3 = Linear(config.hidden_size, intermediate_size)
         self.w2 = Linear(intermediate_size, config.hidden_size, zero_init=True)
-        self.joint = JointLinear(self.w1, self.w3)
+        self.joint = JointLinear()
+
+    def pack_int8(self) -> None:
+        """Join the packed copies of the two maps that read x."""
+        self.joint.pack_int8(self.w1, self.w3)
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, c] to [t, c]."""
-        gate, up = self.joint(x)
+        gate, up = self.joint(x, self.w1, self.w3)
         return self.w2(swiglu(gate, up, self.limit))
 
 

@@ -167,7 +167,8 @@ class PagedContext:
             topk=sparse.topk, sliding_window=sparse.sliding_window, max_seqlen=rows.max_seqlen,
             rotary_value=selector.rotary_value, layout=self.cache.layout,
             block_size=self.cache.block_size, value_dim=spec.value_dim,
-            softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink, backend=self.backend,
+            softmax_scale=spec.softmax_scale, attn_sink=spec.attn_sink,
+            is_checked=self.is_checked, backend=self.backend,
         )  # fmt: skip
         return out
 

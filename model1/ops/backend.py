@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -136,10 +135,13 @@ def hopper_refusal(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"needs sm_90, device is sm_{capability[0]}{capability[1]}"
-    found = importlib.metadata.version("triton")
-    if tuple(int(part) for part in found.split(".")[:2]) != GLUON_TRITON:
-        return f"needs Triton {GLUON_TRITON[0]}.{GLUON_TRITON[1]}, found {found}"
-    return None
+    wanted, found = ".".join(map(str, GLUON_TRITON)), _triton_version()
+    is_wanted = found == wanted or found.startswith(f"{wanted}.")
+    return None if is_wanted else f"needs Triton {wanted}, found {found}"
+
+
+def _triton_version() -> str:
+    return importlib.import_module("triton").__version__
 
 
 @functools.cache

@@ -44,4 +44,6 @@ def _over_rms_few(y: Tensor, x: Tensor, eps: float) -> Tensor:
 
 @functools.cache
 def _constants(floor: float) -> tuple[Tensor, Tensor]:
-    return torch.zeros(()), torch.tensor(math.sqrt(floor))
+    # said, not ambient: they outlive the caller's default type and device
+    options = {"dtype": torch.float32, "device": "cpu"}
+    return torch.zeros((), **options), torch.tensor(math.sqrt(floor), **options)

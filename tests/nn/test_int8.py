@@ -45,6 +45,31 @@ def test_few_rows_and_many_rows_use_one_matrix() -> None:
     assert ((many - exact).norm(dim=1) <= 1e-4).all()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("columns", [4, 20, 100])
+def test_any_width_is_read_to_its_end_and_no_further(columns: int, num_tokens: int) -> None:
+    layer, _ = packed_linear(24, columns)
+    inside = torch.full((num_tokens + 2, columns), torch.nan)  # whatever lies around x
+    x = inside[1:-1].normal_()
+    with torch.inference_mode():
+        got = layer(x)
+    exact = x.double() @ layer.weight.double().T
+    reference = (x.bfloat16() @ layer.weight.bfloat16().T).double()
+    assert ((got - exact).norm(dim=1) <= 2 * (reference - exact).norm(dim=1) + 1e-6).all()
+
+
+def test_a_replaced_map_counts() -> None:
+    model = build(presets.tiny())
+    ffn = model.layers[0].ffn
+    x = torch.randn(2, ffn.w1.weight.shape[1])
+    with torch.inference_mode():
+        before = ffn(x)
+        ffn.w1 = Linear(ffn.w1.weight.shape[1], ffn.w1.weight.shape[0], zero_init=True)
+        ffn.w2.weight.normal_()
+        assert not torch.equal(ffn(x), before)
+        assert not ffn(x).any()
+
+
 def test_a_zero_row_stays_zero() -> None:
     layer = Linear(32, 4, zero_init=True)
     layer.pack_int8()
@@ -57,14 +82,14 @@ def test_a_joint_product_is_that_of_each_map(num_tokens: int) -> None:
     x = torch.randn(num_tokens, 64)
     with torch.inference_mode():
         before = [m(x) for m in maps]
-        assert all(map(torch.equal, JointLinear(*maps)(x), before))
+        assert all(map(torch.equal, JointLinear()(x, *maps), before))
     for linear in maps:
         linear.pack_int8()
     with torch.inference_mode():
         alone = [m(x) for m in maps]
-        joint = JointLinear(*maps)
-        joint.pack_int8()
-        assert all(map(torch.equal, joint(x), alone))
+        joint = JointLinear()
+        joint.pack_int8(*maps)
+        assert all(map(torch.equal, joint(x, *maps), alone))
         assert all(map(torch.equal, [m(x) for m in maps], alone))
     assert joint.int8 is not None
     codes = joint.int8[0].untyped_storage().data_ptr()  # kept once

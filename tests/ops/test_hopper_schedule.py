@@ -1,7 +1,8 @@
-"""The schedules of persistent programs: every block of every row once, and balanced."""
+"""The schedules of persistent programs, and the merge of what they split."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -10,8 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
-from model1.ops.hopper.schedule import Lists, Split, split_items, whole_items
+import triton
 
+from model1.ops.hopper.schedule import Lists, Split, split_items, whole_items
+from model1.ops.launch import launch_options
+from model1.ops.sparse_decode.hopper_combine import _flash_fwd_mla_combine_kernel
+
+SINKS = (math.inf, -math.inf, 0.5, -3.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
     pytest.mark.any_device,
@@ -125,3 +131,43 @@ def test_long_requests_first_even_out() -> None:
     lists = make_lists(256, 2, 128, 1024, has_length=True)
     loads = [sum(i[3] - i[2] for i in items) for items in read_items(whole_items(lists, 132))]
     assert max(loads) <= 1.1 * sum(loads) / len(loads)
+
+
+@pytest.mark.parametrize("number", [1, 4, 6, 9])
+@pytest.mark.parametrize("h", [3, 65])
+def test_parts_are_weighted_by_their_sums(number: int, h: int) -> None:
+    lists, num_programs = drawn(number)
+    plan = split_items(lists, num_programs, 0)
+    device, groups = lists.device, -(-h // 64)
+    torch.manual_seed(number)
+    partial = torch.randn(2 * num_programs, groups, 64, 512, device=device)
+    log2_sum = 3 * torch.randn(2 * num_programs, groups, 64, device=device)
+    log2_sum[torch.rand_like(log2_sum) < 0.2] = -math.inf  # a part without keys
+    sink = torch.tensor([SINKS[i % 4] for i in range(h)], device=device)
+    untouched = -7.0
+    out = torch.full((lists.rows, h, 512), untouched, device=device)
+    lse = torch.full((lists.rows, h), untouched, device=device)
+    _flash_fwd_mla_combine_kernel[(lists.rows * h,)](
+        out, lse, partial, log2_sum, sink, plan.bounds, plan.spans, 0, h, groups, num_programs,
+        math.inf, BLOCK_G=triton.next_power_of_2(num_programs), **launch_options(4, 1),
+    )  # fmt: skip
+    slots: dict[int, list[int]] = {}
+    for listed in plan.items.tolist():
+        for request, query, _, _, slot, *_ in listed[1 : listed[0][0] + 1]:
+            if slot >= 0:
+                slots.setdefault(request * lists.s_q + query, []).append(slot)
+    for row in range(lists.rows):
+        if row not in slots:
+            assert (out[row] == untouched).all()
+            continue
+        parts = log2_sum[slots[row]].flatten(1)[:, :h].double() * math.log(2)  # [parts, h]
+        values = partial[slots[row]].flatten(1, 2)[:, :h].double()
+        want = parts.logsumexp(0)
+        total = torch.logaddexp(want, sink.double())
+        weights = torch.exp(parts - total.masked_fill(total == -math.inf, 0.0))
+        is_empty = want == -math.inf
+        want_out = torch.einsum("ph,phc->hc", weights, values)
+        torch.testing.assert_close(out[row].double(), want_out, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(
+            lse[row].double(), want.masked_fill(is_empty, math.inf), atol=2e-5, rtol=2e-5
+        )

@@ -107,6 +107,15 @@ def test_mixing_neither_amplifies_nor_kills_the_streams() -> None:
     assert_near(product.sum(-2), torch.ones(4), 1e-3)
 
 
+@pytest.mark.parametrize("n", [2, 4, 8])
+@torch.no_grad()
+def test_a_tokens_mixing_does_not_depend_on_the_others(n: int) -> None:
+    logits = 3 * torch.randn(65, n, n)
+    want = sinkhorn(logits, iters=5, eps=1e-6)
+    for rows in ([0], [64, 3], list(range(7, 40))):
+        assert torch.equal(sinkhorn(logits[rows], iters=5, eps=1e-6), want[rows])
+
+
 def test_sinkhorn_gradient_against_finite_differences() -> None:
     logits = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     with double_precision():

@@ -55,6 +55,19 @@ def test_rms_norm_keeps_the_dtype_and_takes_its_mean_in_fp32() -> None:
     assert ((got.double() - want).abs() <= want.abs() * 2**-7 + 1e-6).all()
 
 
+@torch.no_grad()
+def test_a_callers_default_type_and_device_leave_no_trace() -> None:
+    x, eps = torch.randn(2, 9), 0.0375  # of no other test: constants are kept by eps and width
+    want = (x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()).float()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            rms_norm(x, None, eps)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(rms_norm(x, None, eps), want)
+
+
 def test_rms_norm_gradient_against_finite_differences() -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)

@@ -161,11 +161,13 @@ class TestOnHopper:
 
 
 def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
-    assert hopper_call_refusal(MODEL1, torch.bfloat16, 512) is None
+    assert hopper_call_refusal(MODEL1, torch.bfloat16, 512, 0.05) is None
     wide = KVLayout("model1_fp8", 512, 64)
-    assert "448 + 64" in str(hopper_call_refusal(wide, torch.bfloat16, 576))
-    assert "bfloat16" in str(hopper_call_refusal(MODEL1, torch.float16, 512))
-    assert "value_dim is 448" in str(hopper_call_refusal(MODEL1, torch.bfloat16, 448))
+    assert "448 + 64" in str(hopper_call_refusal(wide, torch.bfloat16, 576, 1.0))
+    assert "bfloat16" in str(hopper_call_refusal(MODEL1, torch.float16, 512, 1.0))
+    assert "value_dim is 448" in str(hopper_call_refusal(MODEL1, torch.bfloat16, 448, 1.0))
+    for scale in (0.0, -0.05, float("nan")):
+        assert "above 0" in str(hopper_call_refusal(MODEL1, torch.bfloat16, 512, scale))
 
 
 def test_a_machine_that_is_no_hopper_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +181,14 @@ def test_a_machine_that_is_no_hopper_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("version", "is_supported"),
-    [("3.5.1", False), ("3.6.0", True), ("3.6.9", True), ("3.7.0", False), ("4.6.0", False)],
+    [
+        ("3.5.1", False),
+        ("3.6.0", True),
+        ("3.6.9+git1a2b", True),
+        ("3.60.0", False),
+        ("3.7.0", False),
+        ("4.6.0", False),
+    ],
 )
 def test_gluon_is_supported_in_triton_3_6(
     version: str, is_supported: bool, monkeypatch: pytest.MonkeyPatch
@@ -188,7 +197,7 @@ def test_gluon_is_supported_in_triton_3_6(
     monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backend_module.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(backend_module, "_triton_version", lambda: version)
     refusal = hopper_refusal.__wrapped__(torch.device("cuda"))
     assert (refusal is None) == is_supported
     if refusal is not None:
@@ -198,7 +207,7 @@ def test_gluon_is_supported_in_triton_3_6(
 @pytest.mark.parametrize(
     ("rows", "h", "entries", "wins"),
     [(128, 64, 640, True), (64, 128, 1152, True), (127, 64, 640, False), (512, 32, 640, False),
-     (512, 64, 511, False)],
+     (512, 96, 640, False), (512, 64, 639, False), (512, 64, 1153, False)],
 )  # fmt: skip
 def test_it_wins_where_there_are_many_rows_and_heads(
     rows: int, h: int, entries: int, wins: bool
@@ -214,11 +223,16 @@ def test_auto_takes_it_where_it_wins_and_never_for_deterministic_rows(
     q = torch.empty(64, 2, 64, 512, dtype=torch.bfloat16)
     slots = torch.empty(64, 2, 640, dtype=torch.int32)
 
-    def chosen(backend: str = "auto", q: Tensor = q, *, deterministic: bool = False) -> str:
-        return choose_backend(SPARSE_DECODE, backend, q, slots, None, MODEL1, 512, deterministic)
+    def chosen(
+        backend: str = "auto", q: Tensor = q, *, scale: float = 1.0, deterministic: bool = False
+    ) -> str:
+        return choose_backend(
+            SPARSE_DECODE, backend, q, slots, None, MODEL1, 512, scale, deterministic
+        )
 
     assert chosen() == "hopper"
     assert chosen("triton") == "triton"
     assert chosen(deterministic=True) == "triton"
     assert chosen(q=q[:63]) == "triton"
+    assert chosen(scale=0.0) == "triton"
     assert chosen(q=q.float()) == "triton"

@@ -33,7 +33,10 @@ def _sinkhorn_rounds(softmax: np.ndarray, iters: int, eps: float) -> np.ndarray:
 
     Tokens lie last meanwhile: sums over either other axis add whole rows of them.
     """
-    comb = softmax.transpose(1, 2, 0) + np.float32(eps)
+    if len(softmax) == 1:  # NumPy adds up a lone token in another order
+        return _sinkhorn_rounds(np.concatenate([softmax, softmax]), iters, eps)[:1]
+    comb = np.ascontiguousarray(softmax.transpose(1, 2, 0))
+    comb = comb + np.float32(eps)
     n, _, t = comb.shape
     columns, rows = np.empty((1, n, t), np.float32), np.empty((n, 1, t), np.float32)
     start, add_up = np.float32(eps), np.add.reduce

@@ -78,6 +78,7 @@ class _Group(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)  # every layer of a model asks for the same
+@torch.inference_mode(False)  # a later call may record a gradient
 def _plan(
     block_table: bytes, cu_seqlens_q: bytes | None, cache_seqlens: tuple[int, ...], s_q: int,
     max_blocks: int, block_size: int, num_blocks: int, causal: bool, deterministic: bool,

@@ -92,7 +92,7 @@ def sparse_decode(
         value_dim, softmax_scale, empty_lse, deterministic,
         choose_backend(
             SPARSE_DECODE, backend, q, topk_indices, extra_topk_indices, layout, value_dim,
-            deterministic,
+            softmax_scale, deterministic,
         ),
     )  # fmt: skip
     return (out.squeeze(1), lse.squeeze(1)) if is_flat else (out, lse)

@@ -12,15 +12,17 @@ from model1.ops.kv_cache import KVLayout
 LAYOUT = KVLayout("model1_fp8", d_nope=448, d_rope=64)
 _HEADS = 64  # of a program
 
-# The portable kernel is faster for few rows. On an H200 of 2026-12-01, lists of 640 to 1,152 slots
-# and 64 or 128 heads: 4 to 8 programs, 0.8 to 1.04 of its time; 128 and more, 1.1 to 1.6. What lies
-# between was not measured.
+# Where it was seen to win, on an H200, 2026-12-01: lists of 640 and 1,152 slots, 64 and 128 heads,
+# 128 and more programs of 64 heads, in 0.60 to 0.90 of the portable kernel's time. With 4 to 8
+# programs it took 0.96 to 1.5 of it; what lies between was not measured.
 _MIN_PROGRAMS = 128
-_MIN_HEADS = 33
-_MIN_ENTRIES = 512
+_HEAD_COUNTS = (64, 128)
+_ENTRIES = range(640, 1153)
 
 
-def hopper_call_refusal(layout: KVLayout, dtype: torch.dtype, value_dim: int) -> str | None:
+def hopper_call_refusal(
+    layout: KVLayout, dtype: torch.dtype, value_dim: int, softmax_scale: float
+) -> str | None:
     """Why the Hopper kernel cannot take such a call, or None if it can."""
     if layout != LAYOUT:
         got = f"{layout.name} {layout.d_nope} + {layout.d_rope}"
@@ -29,22 +31,25 @@ def hopper_call_refusal(layout: KVLayout, dtype: torch.dtype, value_dim: int) ->
         return f"takes bfloat16 queries, got {dtype}"
     if value_dim != LAYOUT.d:
         return f"gives values of {LAYOUT.d} channels, value_dim is {value_dim}"
+    if not softmax_scale > 0:  # what it hides is -inf before the scale
+        return f"takes a softmax_scale above 0, got {softmax_scale}"
     return None
 
 
 def hopper_wins(rows: int, h: int, entries: int) -> bool:
     """Whether it is the faster kernel for `rows` queries of h heads over lists of `entries`."""
     programs = rows * -(-h // _HEADS)
-    return programs >= _MIN_PROGRAMS and h >= _MIN_HEADS and entries >= _MIN_ENTRIES
+    return programs >= _MIN_PROGRAMS and h in _HEAD_COUNTS and entries in _ENTRIES
 
 
 def choose_backend(
     operator: Operator, backend: str, q: Tensor, topk_indices: Tensor,
-    extra_topk_indices: Tensor | None, layout: KVLayout, value_dim: int, deterministic: bool,
+    extra_topk_indices: Tensor | None, layout: KVLayout, value_dim: int,
+    softmax_scale: float, deterministic: bool,
 ) -> str:  # fmt: skip
     """What `resolve` says, and under "auto" `hopper` where that is the faster kernel."""
     chosen = operator.resolve(backend, q.device)
-    refusal = hopper_call_refusal(layout, q.dtype, value_dim)
+    refusal = hopper_call_refusal(layout, q.dtype, value_dim, softmax_scale)
     if chosen == "hopper" and refusal is not None:
         raise BackendUnavailable(f"sparse_decode/hopper {refusal}")
     # a deterministic row must not learn from the choice how many others there are

@@ -6,7 +6,6 @@ with other slots and lengths.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -127,7 +126,7 @@ def _tensor_map(x: Tensor) -> TensorDescriptor:
     """[b, s_q, h, d] in pieces of 64 heads and 256 channels."""
     strides = [2 * stride for stride in x.stride()[:-1]]
     if x.data_ptr() % _ALIGNMENT_BYTES or any(s % _ALIGNMENT_BYTES or s == 0 for s in strides):
-        x = x.contiguous() if not x.is_contiguous() else x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
     block: Any = [1, 1, HEADS, CHANNELS // 2], tile_layout(4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), *block)
 
@@ -152,24 +151,10 @@ def _plan(
         # rows half as long as they may be: the longest of many is no worse than a merge
         is_whole = 5 * lists.rows >= 4 * num_programs
         return whole_items(lists, num_programs) if is_whole else split_items(lists, num_programs, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return _fixed_plan(lists, num_programs)  # what a capture allocates belongs to its graph
-    return _kept_plan(lists, num_programs)
-
-
-def _fixed_plan(lists: Lists, num_programs: int) -> Tensor | Split:
-    """The plan of lists whose lengths are their widths: it depends on shapes alone."""
     rounds = choose_rounds(lists.rows, lists.max_pairs, num_programs)
     if rounds is None:
         return whole_items(lists, num_programs)
     return split_items(lists, num_programs, rounds)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_plan(lists: Lists, num_programs: int) -> Tensor | Split:
-    plan = _fixed_plan(lists, num_programs)
-    torch.cuda.current_stream().synchronize()  # once: any stream may use it from now on
-    return plan
 
 
 _TENSOR_MAP = (
@@ -183,7 +168,7 @@ _TYPES = {
     "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
     "scale_log2": "fp32", "empty_lse": "fp32",
 }  # fmt: skip
-# Most of it lies around the loops; what is in them is few words a block. Found by reading the SASS.
+# docs/kernels_hopper.md says where
 _SPILL_LIMIT_BYTES = 64
 
 
