@@ -73,7 +73,8 @@ def sparse_decode(
     Not differentiable (`sparse_prefill` is). Raises ValueError for shapes, dtypes, devices and
     strides, BackendUnavailable for a backend that cannot run here. triton takes d_nope and d_rope
     that are multiples of 16 and, as does `paged_decode`, at most 1088 channels (on GPUs with 99 KB
-    of shared memory 1024, in fp32 768).
+    of shared memory 1024, in fp32 768). hopper, which "auto" takes for many rows and not for
+    deterministic ones, has the limits that choice.py says.
     Source: the public FlashMLA interface; docs/kv_layout.md for the bytes.
     """
     is_flat = q.dim() == 3
