@@ -133,8 +133,7 @@ def test_long_requests_first_even_out() -> None:
     assert max(loads) <= 1.1 * sum(loads) / len(loads)
 
 
-@pytest.mark.parametrize("number", [1, 4, 6, 9])
-@pytest.mark.parametrize("h", [3, 65])
+@pytest.mark.parametrize(("number", "h"), [(1, 3), (4, 65), (6, 3), (9, 2)])
 def test_parts_are_weighted_by_their_sums(number: int, h: int) -> None:
     lists, num_programs = drawn(number)
     plan = split_items(lists, num_programs, 0)
