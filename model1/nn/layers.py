@@ -13,8 +13,9 @@ from model1.ops.norm import rms_norm
 # Up to this many rows a product with 8-bit weights is bound by reading them; beyond, arithmetic
 # decides and fp32 wins. AMD EPYC, 2 cores, torch 2.13, 2026-11-22: 1 row 0.35x, 8 rows 0.66x.
 INT8_MAX_ROWS = 16
-# torch._weight_int8pack_mm reads beyond rows of other widths: wrong numbers or a crash, torch 2.13.
-_INT8_WIDTH_STEP = 8
+# torch._weight_int8pack_mm reads beyond rows of other widths, 8 numbers at a time with AVX2 and 16
+# with AVX-512: wrong numbers or a crash, torch 2.13. 32 leaves room for the next CPU.
+_INT8_WIDTH_STEP = 32
 
 
 def new_weight(*shape: int, std: float) -> nn.Parameter:
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         super().__init__()
         std = 0.0 if zero_init else in_features**-0.5
         self.weight = new_weight(out_features, in_features, std=std)
-        # codes [out, in, zeros up to a multiple of 8], scale [out] bf16
+        # codes [out, in, zeros up to a multiple of 32], scale [out] bf16
         self.int8: tuple[Tensor, Tensor] | None = None
 
     def pack_int8(self) -> None:

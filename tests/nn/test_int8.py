@@ -46,7 +46,7 @@ def test_few_rows_and_many_rows_use_one_matrix() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4])
-@pytest.mark.parametrize("columns", [4, 20, 100])
+@pytest.mark.parametrize("columns", [4, 8, 20, 40, 100])
 def test_any_width_is_read_to_its_end_and_no_further(columns: int, num_tokens: int) -> None:
     layer, _ = packed_linear(24, columns)
     inside = torch.full((num_tokens + 2, columns), torch.nan)  # whatever lies around x
