@@ -59,7 +59,7 @@ def engram_gate_ref(
     if signed_sqrt:
         # clamp passes no gradient where it acts, and sign never does.
         score = score.sign() * score.abs().clamp(min=GATE_SCORE_MIN).sqrt()
-    gate = score.sigmoid()
+    gate = _sigmoid(score)
     if live is not None:
         gate = gate * live.unsqueeze(-1)
     out = gate.unsqueeze(-1) * value.to(dtype).unsqueeze(1)
@@ -78,4 +78,10 @@ def engram_short_conv_ref(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: f
     total = normed[:, 0] * taps[0]
     for tap in range(1, len(taps)):
         total = total + normed[:, tap] * taps[tap]
-    return F.silu(total).to(x.dtype)
+    return (total * _sigmoid(total)).to(x.dtype)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Of each number the same bits wherever it lies: with AVX-512 PyTorch's own rounds the last
+    numbers of a tensor differently, and a token must not change with what is beside it."""
+    return F.logsigmoid(x).exp()
