@@ -5,16 +5,15 @@
 
 Prints registers, spills and shared memory of each kernel. If one does not compile, needs more
 shared or tensor memory than its target has, or spills where none may, the exit code is 1 and no
-table is written. A table carries the digest of what was compiled, so that a test can tell whether
-it is up to date without the minutes that compiling takes. --largest compiles one launch of each
-kernel.
+table is written. A table carries a digest of each module, so that a test can tell whether it is up
+to date without the minutes that compiling takes, and so that --markdown compiles only the modules
+that changed since the table was written; without a table it compiles all. --largest compiles one
+launch of each kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -22,34 +21,16 @@ import re
 import subprocess
 import sys
 import tempfile
-import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import model1.ops
 from model1.ops.compile_cases import CompileCase, KernelTarget
-from model1.ops.launch import USUAL_CHANNELS
+from model1.testing.shipped import MODULES, digest, identity, largest, shipped_cases
 from model1.testing.targets import TARGETS
-
-MODULES = (
-    "model1.ops.kv_cache.portable",
-    "model1.ops.kv_write.portable",
-    "model1.ops.lowrank_attention.portable",
-    "model1.ops.lowrank_remainder.portable",
-    "model1.ops.mha_prefill.portable",
-    "model1.ops.paged_decode.portable",
-    "model1.ops.rope_gate.portable",
-    "model1.ops.selector.portable",
-    "model1.ops.selector.portable_lightning",
-    "model1.ops.sparse_decode.hopper",
-    "model1.ops.sparse_decode.portable",
-    "model1.ops.sparse_prefill.portable",
-    "model1.ops.sparse_prefill.portable_backward",
-)
 
 TENSOR_COLUMNS = 512  # of tensor memory; PTX ISA, tcgen05: sm_100 alone has it
 
@@ -62,7 +43,9 @@ Triton {version}: compiled ahead of time for every target, run on none. The conf
 that are launched for the shapes of the models (448 + 64 and 512 + 64 channels, bf16). Spills are
 allowed on sm_86, sm_100 and AMD alone, and a few around the loops of the Hopper tier, whose warps
 divide the registers anew (docs/kernels_hopper.md). Registers and spills are per thread, shared
-memory per block with the target's limit. Digest of what was compiled: `{digest}`.
+memory per block with the target's limit. Digests of what was compiled:
+
+{digests}
 
 | module | kernel | target | warps | stages | registers | spills, bytes | shared, bytes |
 |---|---|---|---|---|---|---|---|"""
@@ -104,40 +87,20 @@ class Resources:
         return None
 
 
-def shipped_cases(module: str, target: str) -> list[CompileCase]:
-    """The launches that a kernel module declares for a target."""
-    return importlib.import_module(module).shipped_kernels(TARGETS[target].gpu)
-
-
-def largest(cases: Sequence[CompileCase]) -> list[int]:
-    """Of each kernel the launch with the largest sizes: what needs most registers and memory.
-
-    Rows wider than any model's are left out: they take longer than all others together.
-    """
-    best: dict[str, tuple[int, int]] = {}
-    for idx, case in enumerate(cases):
-        if case.constexprs.get("VALUE_DIM", 0) > USUAL_CHANNELS:
-            continue
-        sizes = (x for n, x in case.constexprs.items() if not n.lower().startswith("stride"))
-        size = sum(x for x in sizes if type(x) is int)
-        name = case.kernel.fn.__name__
-        best[name] = max(best.get(name, (-1, 0)), (size, idx))
-    return sorted(idx for _, idx in best.values())
-
-
 def compile_all(
-    targets: Sequence[str], num_processes: int = 1, *, only_largest: bool = False
-) -> list[Resources]:
-    """Compile shipped kernels for these targets, in the order of MODULES and `targets`."""
+    modules: Sequence[str], targets: Sequence[str], num_processes: int = 1, *,
+    only_largest: bool = False,
+) -> list[Resources]:  # fmt: skip
+    """Compile shipped kernels for these targets, in the order of `modules` and `targets`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET must not be set: an interpreted kernel has no binary")
     first: dict[object, Job] = {}  # launches that differ in their names alone compile once
     jobs = []
-    for module, target in itertools.product(MODULES, targets):
+    for module, target in itertools.product(modules, targets):
         cases = shipped_cases(module, target)
         for idx in largest(cases) if only_largest else range(len(cases)):
             job = (module, target, idx)
-            twin = first.setdefault((module, target, _identity(cases[idx])), job)
+            twin = first.setdefault((module, target, identity(cases[idx])), job)
             jobs.append((cases[idx].name, twin))
     if num_processes == 1:
         rows = [_compile_one(job) for job in first.values()]
@@ -148,37 +111,9 @@ def compile_all(
     return [replace(compiled[twin], kernel=name) for name, twin in jobs]
 
 
-def _identity(case: CompileCase) -> str:
-    """Everything about a case but its name."""
-    sizes = sorted((name, str(value)) for name, value in case.constexprs.items())
-    kernel, types = case.kernel.fn.__name__, sorted(case.signature.items())
-    return repr((kernel, types, sizes, case.num_warps, case.num_stages, case.max_registers))
-
-
-def digest() -> str:
-    """A name for all that decides what the kernels take: their code without comments, the cases."""
-    total = hashlib.sha256()
-    for path in sorted(Path(model1.ops.__path__[0]).rglob("*.py")):
-        if re.search(r"^(?:import|from) triton\b", path.read_text(encoding="utf-8"), re.MULTILINE):
-            total.update(_code(path).encode())
-    for module in MODULES:
-        for target in TARGETS:
-            for case in shipped_cases(module, target):
-                total.update(f"{case.name}{_identity(case)}".encode())
-    return total.hexdigest()[:16]
-
-
-def _code(path: Path) -> str:
-    """A file without comments, blanks and line breaks; > and < where it is indented and back."""
-    with path.open("rb") as file:
-        marks = {tokenize.COMMENT: "", tokenize.INDENT: ">", tokenize.DEDENT: "<"}
-        code = "".join(marks.get(t.type, t.string) for t in tokenize.tokenize(file.readline))
-    return "".join(code.split())
-
-
 def _compile_one(job: Job) -> Resources:
     module, target, idx = job
-    case, name = shipped_cases(module, target)[idx], module.removeprefix("model1.ops.")
+    case, name = shipped_cases(module, target)[idx], _short(module)
     common = (name, case.name, target, case.num_warps, case.num_stages)
     try:
         compiled = _compile(case, TARGETS[target].gpu)
@@ -247,41 +182,81 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def markdown(rows: Iterable[Resources], compiled: str) -> str:
-    """docs/kernel_resources.md: one line per kernel and target; `compiled` is their digest."""
+def markdown(lines: Mapping[str, Sequence[str]]) -> str:
+    """docs/kernel_resources.md: the lines of each module, one per kernel and target."""
     import triton
 
-    lines = [HEADER.format(version=triton.__version__, digest=compiled)]
+    digests = "\n".join(digest_line(module) for module in lines)
+    header = HEADER.format(version=triton.__version__, digests=digests)
+    return "\n".join([header, *itertools.chain(*lines.values())]) + "\n"
+
+
+def digest_line(module: str) -> str:
+    """How the table says of which code and launches it is."""
+    return f"- {_short(module)}: `{digest(module)}`"
+
+
+def _line(row: Resources) -> str:
+    limit = TARGETS[row.target].shared_limit_bytes
+    return (
+        f"| {row.module} | {row.kernel} | {row.target} | {row.num_warps} | {row.num_stages} | "
+        f"{row.registers} | {row.spill_bytes} | {row.shared_bytes} of {limit} |"
+    )
+
+
+def lines_by_module(rows: Iterable[Resources], modules: Iterable[str]) -> dict[str, list[str]]:
+    """The lines that `markdown` takes."""
+    lines: dict[str, list[str]] = {module: [] for module in modules}
     for row in rows:
-        limit = TARGETS[row.target].shared_limit_bytes
-        lines.append(
-            f"| {row.module} | {row.kernel} | {row.target} | {row.num_warps} | {row.num_stages} | "
-            f"{row.registers} | {row.spill_bytes} | {row.shared_bytes} of {limit} |"
-        )
-    return "\n".join(lines) + "\n"
+        lines[f"model1.ops.{row.module}"].append(_line(row))
+    return lines
+
+
+def kept_lines(table: Path) -> dict[str, list[str]]:
+    """The lines of modules that have not changed since the table was written, by this Triton."""
+    import triton
+
+    text = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    if not any(f"Triton {triton.__version__}:" in line for line in text):
+        return {}
+    return {
+        module: [line for line in text if line.startswith(f"| {_short(module)} |")]
+        for module in MODULES
+        if digest_line(module) in text
+    }
+
+
+def _short(module: str) -> str:
+    return module.removeprefix("model1.ops.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(prog="python -m model1.testing.compile")
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument("--markdown", type=Path, help="write the table of all targets here")
+    parser.add_argument("--markdown", type=Path, help="bring the table of all targets here to date")
     parser.add_argument("--largest", action="store_true", help="one launch of each kernel")
     parser.add_argument("--json", action="store_true", help="print one JSON object per kernel")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(arguments)
     if args.markdown and (args.target or args.largest):
         parser.error("--markdown needs all targets and launches")
-    compiled = digest()  # first: the files may be edited during the minutes that follow
+    kept = kept_lines(args.markdown) if args.markdown else {}
+    digests = {module: digest(module) for module in MODULES}
+    modules = [module for module in MODULES if module not in kept]
     targets = args.target or list(TARGETS)
-    rows = compile_all(targets, args.processes, only_largest=args.largest)
+    rows = compile_all(modules, targets, args.processes, only_largest=args.largest)
     problems = [text for row in rows if (text := row.problem())]
+    if digests != {module: digest(module) for module in MODULES}:
+        problems.append("the kernels were edited while they were compiled: once more")
+    lines = kept | lines_by_module(rows, modules)
     if args.json:
         print("\n".join(json.dumps(asdict(row)) for row in rows))
     elif not args.markdown:
-        print(markdown(rows, compiled), end="")
+        print(markdown(lines), end="")
     elif not problems:
-        args.markdown.write_text(markdown(rows, compiled), encoding="utf-8")
+        text = markdown({module: lines[module] for module in MODULES})
+        args.markdown.write_text(text, encoding="utf-8")
     print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
     return 1 if problems else 0
 

@@ -148,7 +148,8 @@ def test_parts_are_weighted_by_their_sums(number: int, h: int) -> None:
     lse = torch.full((lists.rows, h), untouched, device=device)
     _flash_fwd_mla_combine_kernel[(lists.rows * h,)](
         out, lse, partial, log2_sum, sink, plan.bounds, plan.spans, 0, h, groups, num_programs,
-        math.inf, BLOCK_G=triton.next_power_of_2(num_programs), **launch_options(4, 1),
+        math.inf, BLOCK_G=triton.next_power_of_2(num_programs), OVERLAPS=False,
+        **launch_options(4, 1),
     )  # fmt: skip
     slots: dict[int, list[int]] = {}
     for listed in plan.items.tolist():

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model1.ops.hopper.overlap import release_successor
 from model1.ops.launch import launch_options
 
 ITEM_FIELDS = 8
@@ -109,9 +110,11 @@ def _store_ends(items_ptr, item_stride, program, num_items, mask):
 @triton.jit
 def _whole_items_kernel(
     items_ptr, length_ptr, extra_length_ptr, item_stride, b, s_q, topk, extra_topk, queries,
-    num_programs, IS_SORTED: tl.constexpr, BLOCK_G: tl.constexpr,
+    num_programs, IS_SORTED: tl.constexpr, BLOCK_G: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Long requests first, in rounds that go to and fro over the programs."""
+    if OVERLAPS:
+        release_successor()
     request = tl.program_id(0) * _STEP + tl.arange(0, _STEP)
     mask = request < b
     main = _entries(length_ptr, request, mask, topk)
@@ -163,9 +166,11 @@ def _snapped(cut, start, end, is_row, tolerance):
 @triton.jit
 def _split_items_kernel(
     items_ptr, bounds_ptr, spans_ptr, length_ptr, extra_length_ptr, item_stride, b, s_q, topk,
-    extra_topk, num_programs, rounds, BLOCK_R: tl.constexpr,
+    extra_topk, num_programs, rounds, BLOCK_R: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The items of one program: `rounds` whole rows, then its part of the others."""
+    if OVERLAPS:
+        release_successor()
     program = tl.program_id(0)
     first_row = rounds * num_programs
     row = first_row + tl.arange(0, BLOCK_R)
@@ -208,11 +213,13 @@ def whole_items(lists: Lists, num_programs: int) -> Tensor:
     """[num_programs, entries, ITEM_FIELDS] int32, every row in one item."""
     entries = -(-lists.rows // num_programs) + 2
     items = torch.empty(num_programs, entries, ITEM_FIELDS, dtype=torch.int32, device=lists.device)
+    overlaps: Any = lists.device.type == "cuda"
     is_sorted: Any = lists.has_length and lists.b <= _MAX_SORTED
     _whole_items_kernel[(triton.cdiv(lists.b, _STEP.value),)](
         items, lists.length, lists.extra_length, items.stride(0), lists.b, lists.s_q, lists.topk,
         lists.extra_topk, lists.queries, num_programs,
         IS_SORTED=is_sorted, BLOCK_G=triton.next_power_of_2(num_programs),
+        OVERLAPS=overlaps,
         **launch_options(_WHOLE_WARPS, 1),
     )  # fmt: skip
     return items
@@ -241,9 +248,11 @@ def split_items(lists: Lists, num_programs: int, rounds: int) -> Split:
     items = torch.empty(num_programs, entries, ITEM_FIELDS, **sizes)
     bounds = torch.empty(num_programs + 1, **sizes)
     spans = torch.empty(num_rows, 2, **sizes)
+    overlaps: Any = lists.device.type == "cuda"
     _split_items_kernel[(num_programs,)](
         items, bounds, spans, lists.length, lists.extra_length, items.stride(0), lists.b,
         lists.s_q, lists.topk, lists.extra_topk, num_programs, rounds,
-        BLOCK_R=triton.next_power_of_2(num_rows), **launch_options(_SPLIT_WARPS, 1),
+        BLOCK_R=triton.next_power_of_2(num_rows), OVERLAPS=overlaps,
+        **launch_options(_SPLIT_WARPS, 1),
     )  # fmt: skip
     return Split(items, bounds, spans, first_row)

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.ops.hopper.overlap import OVERLAP
 from model1.ops.hopper.schedule import (
     Lists,
     Split,
@@ -39,6 +40,7 @@ _COMBINE_WARPS = 4
 # Four warp groups share 65,536 registers. With 184 for those that attend they spill.
 _CONSTANTS: dict[str, Any] = {"CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64}
 _OPTIONS = {"num_warps": 4, "maxnreg": 128}
+_OVERLAPS: dict[str, Any] = {"OVERLAPS": True}
 # In pairs of blocks: what partial results and their merge cost, guessed from measured calls.
 _MERGE_COST = 1.5
 
@@ -95,6 +97,8 @@ def _launch(
     num_programs = max(1, num_sms(q.device) // groups)
     plan = _plan(main, extra, b, s_q, num_programs, deterministic)
     items = plan.items if isinstance(plan, Split) else plan
+    item_stride = 0 if items is None else items.stride(0)
+    topk, extra_topk = main.topk, extra.topk
     partial, partial_lse = out, lse
     if isinstance(plan, Split):
         sizes = (2 * num_programs * groups, HEADS)
@@ -104,15 +108,16 @@ def _launch(
         extra = main  # whose lists no item then names as the second
     _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * groups,)](
         _tensor_map(q), _tensor_map(out), lse, partial, partial_lse, attn_sink, items,
-        items.stride(0), main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
+        item_stride, main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
         main.kv_cache, *_addressing(main), extra.kv_cache, *_addressing(extra), h, s_q, groups,
-        scale_log2, empty_lse, 0, **_CONSTANTS, **_OPTIONS,
+        b * s_q, topk, extra_topk, scale_log2, empty_lse, 0, **_CONSTANTS, **_OPTIONS,
+        **(OVERLAP if items is not None else {}),
     )  # fmt: skip
     if isinstance(plan, Split):
         _flash_fwd_mla_combine_kernel[((b * s_q - plan.first_row) * h,)](
             out, lse, partial, partial_lse, attn_sink, plan.bounds, plan.spans, plan.first_row, h,
             groups, num_programs, empty_lse, BLOCK_G=triton.next_power_of_2(num_programs),
-            **launch_options(_COMBINE_WARPS, 1),
+            **_OVERLAPS, **launch_options(_COMBINE_WARPS, 1), **OVERLAP,
         )  # fmt: skip
 
 
@@ -133,8 +138,8 @@ def _tensor_map(x: Tensor) -> TensorDescriptor:
 
 def _plan(
     main: Scope, extra: Scope, b: int, s_q: int, num_programs: int, deterministic: bool
-) -> Tensor | Split:
-    """Whole rows only, or some of them split."""
+) -> Tensor | Split | None:
+    """Whole rows only, or some of them split; None: whole rows, all alike."""
     queries = 1
     if deterministic:
         # cut at their last valid entries, or a row's blocks would follow the batch's padding
@@ -152,9 +157,7 @@ def _plan(
         is_whole = 5 * lists.rows >= 4 * num_programs
         return whole_items(lists, num_programs) if is_whole else split_items(lists, num_programs, 0)
     rounds = choose_rounds(lists.rows, lists.max_pairs, num_programs)
-    if rounds is None:
-        return whole_items(lists, num_programs)
-    return split_items(lists, num_programs, rounds)
+    return None if rounds is None else split_items(lists, num_programs, rounds)
 
 
 _TENSOR_MAP = (
@@ -169,7 +172,7 @@ _TYPES = {
     "scale_log2": "fp32", "empty_lse": "fp32",
 }  # fmt: skip
 # docs/kernels_hopper.md says where
-_SPILL_LIMIT_BYTES = 64
+_SPILL_LIMIT_BYTES = 48
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
@@ -180,14 +183,15 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     main = {**launch_options(4, 1), "max_registers": _OPTIONS["maxnreg"]}
     main["spill_limit_bytes"] = _SPILL_LIMIT_BYTES
     small = launch_options(_COMBINE_WARPS, 1)
-    sizes = {"BLOCK_G": 256}
-    no_length = {"length_ptr": None, "extra_length_ptr": None}
+    sizes = _OVERLAPS | {"BLOCK_G": 256}
+    split = _OVERLAPS | {"BLOCK_R": 256, "length_ptr": None, "extra_length_ptr": None}
     return [
         _case("sparse_decode sink", kernel, _CONSTANTS, main),
         _case("sparse_decode", kernel, _CONSTANTS | {"sink_ptr": None}, main),
+        _case("sparse_decode even", kernel, _CONSTANTS | {"items_ptr": None}, main),
         _case("combine", merge, sizes, small),
         _case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),
-        _case("split items", _split_items_kernel, {"BLOCK_R": 256, **no_length}, small),
+        _case("split items", _split_items_kernel, split, small),
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from model1.ops.hopper.overlap import wait_for_predecessor
 from model1.ops.online_softmax import LOWEST_LOGIT, merge_step
 from model1.ops.sparse_decode.portable_kernel import store_lse, weight_and_lse
 
@@ -19,8 +20,11 @@ _CHANNELS = tl.constexpr(512)
 def _flash_fwd_mla_combine_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr, bounds_ptr, spans_ptr,
     first_row, h, groups, num_programs, empty_lse, BLOCK_G: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One head of one row, if it was split."""
+    if OVERLAPS:
+        wait_for_predecessor()
     row, head = tl.program_id(0) // h, tl.program_id(0) % h
     start, end = tl.load(spans_ptr + 2 * row), tl.load(spans_ptr + 2 * row + 1)
     program = tl.arange(0, BLOCK_G)

@@ -74,8 +74,8 @@ def _pointers(slot, cache):
 
 @gluon.jit
 def gather_keys(
-    HALF_BLOCK: gl.constexpr, items, num_items, lists, main, extra, k_low, k_high, bias, k_ready,
-    low_free, high_free,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, bias, k_ready, low_free,
+    high_free,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -83,6 +83,7 @@ def gather_keys(
     loads as well.
     """
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
+    num_items = items[7]
     if num_items > 0:
         item, block, end = 1, item_field(items, 1, 2), item_field(items, 1, 3)
         item_now, left_now = 1, end - block
