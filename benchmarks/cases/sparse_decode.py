@@ -7,12 +7,14 @@ every distinct entry of a cache once, -1 being one of them, without the scale by
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from benchmarks.cases.case import Call, Case, Work, own_work
 from benchmarks.kernel_inputs import (
@@ -32,6 +34,7 @@ OPERATOR = "sparse_decode"
 TESTS = ("tests/ops/test_sparse_decode*.py", "tests/test_flash_mla_gpu.py")
 BATCHES = (2, 64, 74, 128, 148, 256)
 VALUE_DIM = 512
+OURS = "model1.flash_mla"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,26 +129,44 @@ def interface_work(b: int, shape: Shape, device: torch.device) -> Work:
     def bind(module: Any) -> Call:
         holder, num_splits = module.get_mla_metadata()
         scale = shape.layout.d**-0.55
-        return lambda: module.flash_mla_with_kvcache(
-            x.q, cache, None, None, VALUE_DIM, holder, num_splits, scale, False, True,
-            x.main.slots, **arguments,
-        )  # fmt: skip
+        missing = -shape.h % 64 if module.__name__ != OURS else 0
 
-    return Work(bind, *cost(x, shape))
+        def call() -> tuple[Tensor, ...]:
+            q, given = x.q, arguments
+            if missing:  # a peer takes 64 heads or 128: its caller pads
+                q = pad(q, (0, 0, 0, missing))
+                if x.attn_sink is not None:
+                    given = arguments | {"attn_sink": pad(x.attn_sink, (0, missing))}
+            out, lse = module.flash_mla_with_kvcache(
+                q, cache, None, None, VALUE_DIM, holder, num_splits, scale, False, True,
+                x.main.slots, **given,
+            )  # fmt: skip
+            return out[:, :, : shape.h], lse[:, : shape.h]
+
+        return call
+
+    rivals = {}
+    if shape.layout == MODEL1 and x.q.is_cuda:
+        rivals = {f"our {name}": lambda name=name: _own_call(x, shape, backend=name)
+                  for name in ("hopper", "triton")}  # fmt: skip
+    return Work(bind, *cost(x, shape), rivals)
 
 
-def deterministic_work(b: int, shape: Shape, device: torch.device) -> Work:
-    """Our operator as it is by default and, its rival, deterministic."""
-    x = inputs(b, shape, device)
-    run = functools.partial(
+def _own_call(x: Inputs, shape: Shape, **options: Any) -> Call:
+    return functools.partial(
         sparse_decode, x.q, x.main.cache, x.main.slots, layout=shape.layout,
         block_size=shape.page, value_dim=VALUE_DIM, softmax_scale=shape.layout.d**-0.55,
         extra_kv_cache=None if x.extra is None else x.extra.cache,
         extra_topk_indices=None if x.extra is None else x.extra.slots,
         extra_block_size=None if x.extra is None else shape.extra_page,
-        extra_topk_length=x.extra_length, attn_sink=x.attn_sink,
+        extra_topk_length=x.extra_length, attn_sink=x.attn_sink, **options,
     )  # fmt: skip
-    rival = functools.partial(run, deterministic=True)
+
+
+def deterministic_work(b: int, shape: Shape, device: torch.device) -> Work:
+    """Our operator as it is by default and, its rival, deterministic."""
+    x = inputs(b, shape, device)
+    run, rival = _own_call(x, shape), _own_call(x, shape, deterministic=True)
     return own_work(run, *cost(x, shape), {"deterministic": lambda: rival})
 
 
@@ -159,16 +180,27 @@ CONFIGS = {
     "CONFIG4": _MODEL1(h=128, has_lengths=True),
 }
 _V32 = Shape(layout=V32, h=128, topk=2048, s_kv=32768, page=64)
+_PEAK = functools.partial(Shape, topk=16384, s_kv=32768, page=64)
+PEAKS = {
+    "MODEL1 peak h=64": _PEAK(layout=MODEL1, h=64),
+    "MODEL1 peak h=128": _PEAK(layout=MODEL1, h=128),
+    "V32 peak h=128": _PEAK(layout=V32, h=128),
+}
 
 
 def cases() -> Iterator[Case]:
-    """FlashMLA's shapes, then deterministic mode at batches of one and of many requests."""
+    """FlashMLA's shapes, fewer heads than it takes, and deterministic mode."""
     for name, shape in CONFIGS.items():
         for b in BATCHES:
             build = functools.partial(interface_work, b, shape)
             yield Case(OPERATOR, f"MODEL1 {name} b={b}", build)
     for b in (2, 64, 74, 128):
         yield Case(OPERATOR, f"V32 h=128 b={b}", functools.partial(interface_work, b, _V32))
+    for name, shape in PEAKS.items():
+        yield Case(OPERATOR, f"{name} b=148", functools.partial(interface_work, 148, shape))
+    for h, b in itertools.product((8, 16, 32), (64, 128)):
+        few = replace(CONFIGS["CONFIG1"], h=h)
+        yield Case(OPERATOR, f"MODEL1 h={h} b={b}", functools.partial(interface_work, b, few))
     for name, shape in (("MODEL1 CONFIG1", CONFIGS["CONFIG1"]), ("V32 h=128", _V32)):
         for b in (1, 64, 128):
             build = functools.partial(deterministic_work, b, shape)

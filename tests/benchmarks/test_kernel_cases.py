@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from line_budget import ROOT
+from torch import Tensor
 
 import model1.flash_mla as flash_mla
 from benchmarks import run
@@ -62,6 +63,24 @@ def test_sparse_decode_calls_run_and_count_their_work(name: str) -> None:
     own = sparse_decode.deterministic_work(2, shape, CPU)
     assert torch.equal(own.bind(None)()[0], out)
     assert_rivals_agree(own, {"deterministic"}, 1e-4)
+
+
+def test_a_peer_gets_64_heads_and_gives_those_that_were_asked_for() -> None:
+    heads: list[int] = []
+
+    def record(q: Tensor, *args: Any, attn_sink: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        heads.extend((q.shape[2], len(attn_sink)))
+        return flash_mla.flash_mla_with_kvcache(q, *args, attn_sink=attn_sink, **kwargs)
+
+    peer = SimpleNamespace(
+        __name__="peer", get_mla_metadata=flash_mla.get_mla_metadata, flash_mla_with_kvcache=record
+    )
+    work = sparse_decode.interface_work(2, TWO_SCOPES, CPU)
+    out, lse = work.bind(peer)()
+    want, want_lse = work.bind(flash_mla)()
+    assert heads == [64, 64]
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
 
 
 def test_sparse_decode_reads_a_slot_once() -> None:
