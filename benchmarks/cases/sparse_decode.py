@@ -146,7 +146,7 @@ def interface_work(b: int, shape: Shape, device: torch.device) -> Work:
         return call
 
     rivals = {}
-    if shape.layout == MODEL1 and x.q.is_cuda:
+    if x.q.is_cuda:
         rivals = {f"our {name}": lambda name=name: _own_call(x, shape, backend=name)
                   for name in ("hopper", "triton")}  # fmt: skip
     return Work(bind, *cost(x, shape), rivals)

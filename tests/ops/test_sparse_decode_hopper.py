@@ -26,13 +26,18 @@ from model1.ops.kv_cache import KVLayout, allocate_kv_cache
 from model1.ops.sparse_decode import SPARSE_DECODE, sparse_decode
 from model1.ops.sparse_decode.choice import choose_backend, hopper_call_refusal, hopper_wins
 
-MODEL1 = KVLayout("model1_fp8", 448, 64)
+MODEL1, V32 = KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64)
+BOTH = pytest.mark.parametrize("layout", [MODEL1, V32], ids=["model1", "v32"])
 NOT_HERE = hopper_refusal(torch.device(DEVICE))
 on_hopper = [
     pytest.mark.gpu,
     pytest.mark.skipif(NOT_HERE is not None, reason=f"the Hopper kernel {NOT_HERE}"),
 ]
 hopper = functools.partial(sparse_decode, backend="hopper")
+
+
+def make_call(**shape: Any) -> dict[str, Any]:
+    return make_arguments(Shape(value_dim=512, **shape))
 
 
 def call(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
@@ -47,14 +52,15 @@ class TestOnHopper:
         heads = [1, 3, 8, 16, 17, 32, 63, 64, 65, 126, 128, 130]
         topks = [1, 63, 64, 65, 128, 200, 576, 2048]
         for number in range(first, first + 20):
-            check_random_case(number, [MODEL1], heads, topks, [1, 2, 5, 16, 70], call)
+            check_random_case(number, [MODEL1, V32], heads, topks, [1, 2, 5, 16, 70], call)
 
     @pytest.mark.parametrize("b", [3, 66, 70, 140])
     @pytest.mark.parametrize("has_length", [False, True])
-    def test_every_schedule_is_right(self, b: int, has_length: bool) -> None:
+    @BOTH
+    def test_every_schedule_is_right(self, layout: KVLayout, b: int, has_length: bool) -> None:
         shape = Shape(
-            layout=MODEL1, b=b, s_q=2, h=64, topk=128, block_size=64, extra_block_size=2,
-            has_length=has_length, has_sink=True,
+            layout=layout, value_dim=512, b=b, s_q=2, h=64, topk=128, block_size=64,
+            extra_block_size=2, has_length=has_length, has_sink=True,
         )  # fmt: skip
         for extra_topk in (0, 600):
             arguments = make_arguments(replace(shape, extra_topk=extra_topk))
@@ -104,6 +110,40 @@ class TestOnHopper:
         arguments["softmax_scale"] = 2.0 ** -max(exponents[1] - 118, 4)
         assert_right(call(arguments), arguments)
 
+    def test_v32_scales_of_any_size(self) -> None:
+        arguments = make_arguments(
+            Shape(layout=V32, value_dim=512, b=2, h=64, topk=128, block_size=64)
+        )
+        rows = arguments["kv_cache"][:, : 64 * 656].unflatten(1, (64, 656))
+        scales = rows[..., 512:528].view(torch.float32)
+        drawn = torch.exp2(torch.rand_like(scales) * 30 - 30) * (1 + torch.rand_like(scales))
+        scales.copy_(torch.where(scales.isfinite(), drawn, scales))
+        assert_right(call(arguments), arguments)
+
+    @pytest.mark.parametrize("where", ["code", "scale", "rope"])
+    def test_a_nan_in_a_v32_row_comes_out_in_its_row_only(self, where: str) -> None:
+        arguments = make_arguments(
+            Shape(layout=V32, value_dim=512, b=2, s_q=2, h=3, topk=70, block_size=64)
+        )
+        want, want_lse = call(arguments)
+        unused = set(range(64)) - set(arguments["topk_indices"].flatten().tolist())
+        slot = unused.pop()
+        arguments["topk_indices"][1, 0, 17] = slot
+        store(arguments["kv_cache"], torch.tensor([slot]), V32, 64)
+        row = arguments["kv_cache"][0, slot * 656 : (slot + 1) * 656]
+        if where == "code":
+            row[511] = 0xFF
+        elif where == "scale":
+            row[524:528].view(torch.float32).fill_(torch.nan)
+        else:
+            row[528:656].view(torch.bfloat16)[-1] = torch.nan
+        out, lse = call(arguments)
+        assert out[1, 0].isnan().all()
+        assert lse[1, 0].isnan().all()
+        out[1, 0], lse[1, 0] = want[1, 0], want_lse[1, 0]
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
     def test_slots_beyond_two_gibibytes(self) -> None:
         stride = -(-(3 << 30) // MODEL1.row_bytes) * MODEL1.row_bytes
         cache = allocate_kv_cache(2 * stride // MODEL1.block_stride_bytes(1), 1, MODEL1, DEVICE)
@@ -114,8 +154,11 @@ class TestOnHopper:
         store(cache, torch.tensor([0, 3]), MODEL1, 2)
         assert_right(call(arguments), arguments)
 
-    def test_slots_outside_their_cache_do_not_count(self) -> None:
-        arguments = make_arguments(Shape(layout=MODEL1, b=2, topk=70, block_size=4, extra_topk=65))
+    @BOTH
+    def test_slots_outside_their_cache_do_not_count(self, layout: KVLayout) -> None:
+        arguments = make_arguments(
+            Shape(layout=layout, value_dim=512, b=2, topk=70, block_size=4, extra_topk=65)
+        )
         hostile = dict(arguments)
         for prefix in ("", "extra_"):
             slots = arguments[f"{prefix}topk_indices"]
@@ -134,9 +177,19 @@ class TestOnHopper:
         one = arguments | {"q": q[:1, :1].expand_as(q)}
         assert_right(call(one), one)
 
-    def test_deterministic_rows_do_not_depend_on_their_batch_mates(self) -> None:
+    @BOTH
+    def test_deterministic_rows_do_not_depend_on_their_batch_mates(self, layout: KVLayout) -> None:
         arguments = make_arguments(
-            Shape(layout=MODEL1, b=4, s_q=2, h=3, topk=300, extra_topk=200, has_sink=True)
+            Shape(
+                layout=layout,
+                value_dim=512,
+                b=4,
+                s_q=2,
+                h=3,
+                topk=300,
+                extra_topk=200,
+                has_sink=True,
+            )
         )
         check_batch_invariance(arguments, functools.partial(call, deterministic=True))
 
@@ -162,6 +215,7 @@ class TestOnHopper:
 
 def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
     assert hopper_call_refusal(MODEL1, torch.bfloat16, 512, 0.05) is None
+    assert hopper_call_refusal(V32, torch.bfloat16, 512, 0.05) is None
     wide = KVLayout("model1_fp8", 512, 64)
     assert "448 + 64" in str(hopper_call_refusal(wide, torch.bfloat16, 576, 1.0))
     assert "bfloat16" in str(hopper_call_refusal(MODEL1, torch.float16, 512, 1.0))
@@ -205,14 +259,23 @@ def test_gluon_is_supported_in_triton_3_6(
 
 
 @pytest.mark.parametrize(
-    ("rows", "h", "entries", "wins"),
-    [(128, 64, 640, True), (64, 128, 1152, True), (127, 64, 640, False), (512, 32, 640, False),
-     (512, 96, 640, False), (512, 64, 639, False), (512, 64, 1153, False)],
-)  # fmt: skip
+    ("layout", "rows", "h", "entries", "wins"),
+    [
+        (MODEL1, 128, 64, 640, True),
+        (MODEL1, 64, 128, 1152, True),
+        (MODEL1, 127, 64, 640, False),
+        (MODEL1, 512, 32, 640, False),
+        (MODEL1, 512, 96, 640, False),
+        (MODEL1, 512, 64, 639, False),
+        (MODEL1, 512, 64, 16385, False),
+        (V32, 64, 128, 2048, True),
+        (V32, 64, 128, 2047, False),
+    ],
+)
 def test_it_wins_where_there_are_many_rows_and_heads(
-    rows: int, h: int, entries: int, wins: bool
+    layout: KVLayout, rows: int, h: int, entries: int, wins: bool
 ) -> None:
-    assert hopper_wins(rows, h, entries) == wins
+    assert hopper_wins(layout, rows, h, entries) == wins
 
 
 def test_auto_takes_it_where_it_wins_and_never_for_deterministic_rows(

@@ -81,8 +81,8 @@ def rope_layout():
 
 
 @gluon.jit
-def row_pointers(slot, cache, block_units, block_size, divisor, shift, last_slot):
-    """Where the rows and scales of `slot` [32] are, as pointers to int32, and which exist.
+def locate(slot, cache, block_units, block_size, divisor, shift, last_slot):
+    """Where the blocks of `slot` [32] start, the tokens' places in them, and which exist.
 
     block_units: 16-byte units from block to block. slot // block_size is the high half of a
     product: `divisor`, 32 bits without a sign, and `shift` are what `fast_divisor` returns. Slots
@@ -91,8 +91,13 @@ def row_pointers(slot, cache, block_units, block_size, divisor, shift, last_slot
     exists = (slot >= 0) & (slot <= last_slot)
     slot = gl.where(exists, slot, 0)
     block = (gl.umulhi(slot.to(gl.uint32) * 2, divisor.to(gl.uint32)) >> shift).to(gl.int32)
-    token = slot - block * block_size
-    start = cache + block.to(gl.int64) * block_units * 16
+    return cache + block.to(gl.int64) * block_units * 16, slot - block * block_size, exists
+
+
+@gluon.jit
+def row_pointers(slot, cache, block_units, block_size, divisor, shift, last_slot):
+    """Where the rows and scales of `slot` [32] are, as pointers to int32, and which exist."""
+    start, token, exists = locate(slot, cache, block_units, block_size, divisor, shift, last_slot)
     rows = start + token.to(gl.int64) * _ROW_BYTES
     scales = start + (block_size.to(gl.int64) * _ROW_BYTES + token.to(gl.int64) * _SCALE_BYTES)
     words = gl.pointer_type(gl.int32)

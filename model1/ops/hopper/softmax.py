@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
-
-
-@gluon.jit
-def block_scores(q_low, q_high, k_low, k_high, LAYOUT: gl.constexpr):
-    """q . k^T, fp32, of queries and keys in shared memory, both as two halves of their channels."""
-    scores = issue_scores(q_low, q_high, k_low, k_high, LAYOUT)
-    return warpgroup_mma_wait(0, deps=[scores])
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 
 @gluon.jit
 def issue_scores(q_low, q_high, k_low, k_high, LAYOUT: gl.constexpr):
-    """`block_scores`, two products that are still to be waited for."""
+    """q . k^T, fp32, of queries and keys in shared memory, both as two halves of their channels.
+
+    Two products, to be waited for.
+    """
     scores = gl.full([q_low.shape[0], k_low.shape[0]], 0.0, gl.float32, layout=LAYOUT)
     scores = warpgroup_mma(q_low, k_low.permute((1, 0)), scores, use_acc=False, is_async=True)
-    return warpgroup_mma(q_high, k_high.permute((1, 0)), scores, is_async=True)
+    return add_scores(q_high, k_high, scores)
+
+
+@gluon.jit
+def add_scores(q, k, scores):
+    """`scores` plus q . k^T, to be waited for."""
+    return warpgroup_mma(q, k.permute((1, 0)), scores, is_async=True)
 
 
 @gluon.jit

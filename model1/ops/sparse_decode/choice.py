@@ -9,37 +9,39 @@ from model1.errors import BackendUnavailable
 from model1.ops.backend import Operator
 from model1.ops.kv_cache import KVLayout
 
-LAYOUT = KVLayout("model1_fp8", d_nope=448, d_rope=64)
+MODEL1 = KVLayout("model1_fp8", d_nope=448, d_rope=64)
+V32 = KVLayout("v32_fp8", d_nope=512, d_rope=64)
+_VALUE_DIM = 512
 _HEADS = 64  # of a program
 
-# Where it was seen to win, on an H200, 2026-12-01: lists of 640 and 1,152 slots, 64 and 128 heads,
-# 128 and more programs of 64 heads, in 0.60 to 0.90 of the portable kernel's time. With 4 to 8
-# programs it took 0.96 to 1.5 of it; what lies between was not measured.
+# Where it was seen to win, on an H200, 2026-12-01: 64 and 128 heads, 128 and more programs of 64
+# heads, lists of 640, 1,152 and 16,384 slots, V3.2 of 2,048 and 16,384. With 4 to 8 programs it
+# took 0.96 to 1.5 of the portable kernel's time; what lies between was not measured.
 _MIN_PROGRAMS = 128
 _HEAD_COUNTS = (64, 128)
-_ENTRIES = range(640, 1153)
+_ENTRIES = {MODEL1: range(640, 16385), V32: range(2048, 16385)}
 
 
 def hopper_call_refusal(
     layout: KVLayout, dtype: torch.dtype, value_dim: int, softmax_scale: float
 ) -> str | None:
     """Why the Hopper kernel cannot take such a call, or None if it can."""
-    if layout != LAYOUT:
+    if layout not in (MODEL1, V32):
         got = f"{layout.name} {layout.d_nope} + {layout.d_rope}"
-        return f"takes model1_fp8 rows of 448 + 64 channels, got {got}"
+        return f"takes model1_fp8 rows of 448 + 64 channels or v32_fp8 of 512 + 64, got {got}"
     if dtype != torch.bfloat16:
         return f"takes bfloat16 queries, got {dtype}"
-    if value_dim != LAYOUT.d:
-        return f"gives values of {LAYOUT.d} channels, value_dim is {value_dim}"
+    if value_dim != _VALUE_DIM:
+        return f"gives values of {_VALUE_DIM} channels, value_dim is {value_dim}"
     if not softmax_scale > 0:  # what it hides is -inf before the scale
         return f"takes a softmax_scale above 0, got {softmax_scale}"
     return None
 
 
-def hopper_wins(rows: int, h: int, entries: int) -> bool:
+def hopper_wins(layout: KVLayout, rows: int, h: int, entries: int) -> bool:
     """Whether it is the faster kernel for `rows` queries of h heads over lists of `entries`."""
     programs = rows * -(-h // _HEADS)
-    return programs >= _MIN_PROGRAMS and h in _HEAD_COUNTS and entries in _ENTRIES
+    return programs >= _MIN_PROGRAMS and h in _HEAD_COUNTS and entries in _ENTRIES[layout]
 
 
 def choose_backend(
@@ -57,5 +59,5 @@ def choose_backend(
         return chosen
     entries = topk_indices.shape[-1]
     entries += 0 if extra_topk_indices is None else extra_topk_indices.shape[-1]
-    wins = hopper_wins(q.shape[0] * q.shape[1], q.shape[2], entries)
+    wins = hopper_wins(layout, q.shape[0] * q.shape[1], q.shape[2], entries)
     return "hopper" if wins and operator.offers_hopper(q.device) else chosen

@@ -84,13 +84,16 @@ def sparse_decode_hopper(
         extra = Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
         scale_log2 = softmax_scale * math.log2(math.e)
         with torch.cuda.device_of(q):
-            _launch(q, main, extra, attn_sink, out, lse, scale_log2, empty_lse, deterministic)
+            _launch(
+                q, main, extra, attn_sink, out, lse, scale_log2, empty_lse, deterministic,
+                has_rope=layout.d > CHANNELS,
+            )  # fmt: skip
     return out, lse
 
 
 def _launch(
     q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
-    scale_log2: float, empty_lse: float, deterministic: bool,
+    scale_log2: float, empty_lse: float, deterministic: bool, *, has_rope: bool,
 ) -> None:  # fmt: skip
     b, s_q, h, _ = q.shape
     groups = -(-h // HEADS)
@@ -107,7 +110,8 @@ def _launch(
     if extra.kv_cache is None:
         extra = main  # whose lists no item then names as the second
     _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * groups,)](
-        _tensor_map(q), _tensor_map(out), lse, partial, partial_lse, attn_sink, items,
+        _tensor_map(q, 256), _tensor_map(q, 64) if has_rope else None, _tensor_map(out, 256),
+        lse, partial, partial_lse, attn_sink, items,
         item_stride, main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
         main.kv_cache, *_addressing(main), extra.kv_cache, *_addressing(extra), h, s_q, groups,
         b * s_q, topk, extra_topk, scale_log2, empty_lse, 0, **_CONSTANTS, **_OPTIONS,
@@ -127,12 +131,12 @@ def _addressing(scope: Scope) -> tuple[int, int, int, int, int]:
     return units, size, divisor - ((divisor >> 31) << 32), shift, last_slot
 
 
-def _tensor_map(x: Tensor) -> TensorDescriptor:
-    """[b, s_q, h, d] in pieces of 64 heads and 256 channels."""
+def _tensor_map(x: Tensor, channels: int) -> TensorDescriptor:
+    """[b, s_q, h, d] in pieces of 64 heads and so many channels."""
     strides = [2 * stride for stride in x.stride()[:-1]]
     if x.data_ptr() % _ALIGNMENT_BYTES or any(s % _ALIGNMENT_BYTES or s == 0 for s in strides):
         x = x.clone(memory_format=torch.contiguous_format)
-    block: Any = [1, 1, HEADS, CHANNELS // 2], tile_layout(4)
+    block: Any = [1, 1, HEADS, channels], tile_layout(4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), *block)
 
 
@@ -161,18 +165,19 @@ def _plan(
 
 
 _TENSOR_MAP = (
-    "tensordesc<bf16[1, 1, 64, 256],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
+    "tensordesc<bf16[1, 1, 64, {}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
     "rank=4, transposed=False, fp4_padded=False, cga_layout=[])>"
 )
 _TYPES = {
-    "q_desc": _TENSOR_MAP, "out_desc": _TENSOR_MAP, "out_ptr": "*bf16", "lse_ptr": "*fp32",
+    "q_desc": _TENSOR_MAP.format(256), "rope_desc": _TENSOR_MAP.format(64),
+    "out_desc": _TENSOR_MAP.format(256), "out_ptr": "*bf16", "lse_ptr": "*fp32",
     "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "main_cache": "*u8",
     "extra_cache": "*u8", "items_ptr": "*i32", "main_slots": "*i32", "extra_slots": "*i32",
     "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
     "scale_log2": "fp32", "empty_lse": "fp32",
 }  # fmt: skip
 # docs/kernels_hopper.md says where
-_SPILL_LIMIT_BYTES = 48
+_SPILL_LIMIT_BYTES = 72
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
@@ -183,12 +188,15 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     main = {**launch_options(4, 1), "max_registers": _OPTIONS["maxnreg"]}
     main["spill_limit_bytes"] = _SPILL_LIMIT_BYTES
     small = launch_options(_COMBINE_WARPS, 1)
+    model1 = _CONSTANTS | {"rope_desc": None}
     sizes = _OVERLAPS | {"BLOCK_G": 256}
     split = _OVERLAPS | {"BLOCK_R": 256, "length_ptr": None, "extra_length_ptr": None}
     return [
-        _case("sparse_decode sink", kernel, _CONSTANTS, main),
-        _case("sparse_decode", kernel, _CONSTANTS | {"sink_ptr": None}, main),
-        _case("sparse_decode even", kernel, _CONSTANTS | {"items_ptr": None}, main),
+        _case("sparse_decode MODEL1 sink", kernel, model1, main),
+        _case("sparse_decode MODEL1", kernel, model1 | {"sink_ptr": None}, main),
+        _case("sparse_decode MODEL1 even", kernel, model1 | {"items_ptr": None}, main),
+        _case("sparse_decode V32", kernel, _CONSTANTS, main),
+        _case("sparse_decode V32 even", kernel, _CONSTANTS | {"items_ptr": None}, main),
         _case("combine", merge, sizes, small),
         _case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),
         _case("split items", _split_items_kernel, split, small),

@@ -20,10 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model1.ops.hopper.items import item_field
-from model1.ops.hopper.softmax import block_scores, issue_scores, log2_sum, softmax_step
+from model1.ops.hopper.softmax import add_scores, issue_scores, log2_sum, softmax_step
 
 HEADS = gl.constexpr(64)  # of a program
 HALF = gl.constexpr(256)  # channels that a warp group owns
+ROPE = gl.constexpr(64)  # rotary channels behind the values, where a format has such
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -47,10 +48,19 @@ def out_layout():
 
 
 @gluon.jit
-def _fetch_queries(q_desc, request, query, group, q_low, q_high, q_ready, is_wanted):
+def _fetch_queries(
+    q_desc, rope_desc, request, query, group, q_low, q_high, q_rope, q_ready, is_wanted,
+    HAS_ROPE: gl.constexpr,
+):  # fmt: skip
     """64 heads of a row, by the copy engine."""
     TILE: gl.constexpr = tile_layout(4)
-    mbarrier.expect(q_ready, 2 * HEADS * HALF * 2, pred=is_wanted)
+    CHANNELS: gl.constexpr = 2 * HALF + ROPE if HAS_ROPE else 2 * HALF
+    mbarrier.expect(q_ready, HEADS * CHANNELS * 2, pred=is_wanted)
+    if HAS_ROPE:
+        tma.async_copy_global_to_shared(
+            rope_desc, [request, query, group * HEADS, 2 * HALF], q_ready,
+            q_rope.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, ROPE], TILE), pred=is_wanted,
+        )  # fmt: skip
     tma.async_copy_global_to_shared(
         q_desc, [request, query, group * HEADS, 0], q_ready,
         q_low.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
@@ -64,7 +74,7 @@ def _fetch_queries(q_desc, request, query, group, q_low, q_high, q_ready, is_wan
 @gluon.jit
 def _finish(
     SIDE: gl.constexpr, acc, largest, total, totals, totals_ready, parity, store_tile, out_desc,
-    request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink, partial_ptr, partial_lse_ptr,
+    request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr, partial_lse_ptr,
     groups, HAS_SINK: gl.constexpr,
 ):  # fmt: skip
     """Write an item's half of the output, and its lse; 1 if `store_tile` is still read, else 0."""
@@ -80,7 +90,9 @@ def _finish(
     row = gl.arange(0, HEADS, layout=ROW)
     if slot < 0:
         if HAS_SINK:
-            weight = weight / (1.0 + gl.exp2(sink.load(ROW) * _LOG2_E - lse))
+            head = group * HEADS + row
+            sink = gl.load(sink_ptr + head, mask=head < h, other=0.0)
+            weight = weight / (1.0 + gl.exp2(sink * _LOG2_E - lse))
             weight = gl.where(total == 0.0, 0.0, weight)
         out = acc * gl.convert_layout(weight, gl.SliceLayout(1, O))[:, None]
         store_tile.store(out.to(gl.bfloat16))
@@ -109,9 +121,10 @@ def _finish(
 
 @gluon.jit
 def attend_first(
-    q_desc, q_low, q_high, k_low, k_high, weights, decays, maxima, totals, bias, k_ready, low_free,
-    q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q, lse_ptr,
-    empty_lse, sink, partial_ptr, partial_lse_ptr, scale_log2, zero, HAS_SINK: gl.constexpr,
+    q_desc, rope_desc, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima,
+    totals, bias, k_ready, low_free, q_ready, w_ready, totals_ready, out_desc, items, group,
+    groups, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr, partial_lse_ptr, scale_log2, zero,
+    HAS_SINK: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the first block of each pair; output channels 0 to 255."""
     S: gl.constexpr = scores_layout()
@@ -121,7 +134,10 @@ def attend_first(
     num_items = items[7]
     num_pairs, is_storing = 0, 0
     next_request, next_query = item_field(items, 1, 0), item_field(items, 1, 1)
-    _fetch_queries(q_desc, next_request, next_query, group, q_low, q_high, q_ready, num_items > 0)
+    _fetch_queries(
+        q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
+        num_items > 0, HAS_ROPE,
+    )  # fmt: skip
     for item in range(1, num_items + 1):
         request, query = next_request, next_query
         next_request = item_field(items, item + 1, 0)
@@ -142,10 +158,13 @@ def attend_first(
             b = a + 1
             mbarrier.wait(k_ready.index(0), phase)
             fence_async_shared()
-            scores = block_scores(
+            scores = issue_scores(
                 q_low.index(a), q_high.index(a), k_low.index(a), k_high.index(a), S
             )
-            scores += bias.index(0).load(gl.SliceLayout(0, S))[None, :]
+            if HAS_ROPE:
+                scores = add_scores(q_rope.index(a), k_rope.index(a), scores)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            scores += bias.index(0).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
             narrow = w.to(gl.bfloat16)
             weights.index(a).store(narrow)
@@ -163,19 +182,22 @@ def attend_first(
             fence_async_shared()
             # both warp groups have their last scores: nobody reads the queries any more
             is_last = (i == num_blocks - 2) & (item < num_items)
-            _fetch_queries(q_desc, next_request, next_query, group, q_low, q_high, q_ready, is_last)
+            _fetch_queries(
+                q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
+                is_last, HAS_ROPE,
+            )  # fmt: skip
             decay = decays.index(1).load(ROW)
             largest = maxima.index(1).load(ROW)
             total = total * decay
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-            acc = warpgroup_mma(weights.index(b), k_low.index(b), acc, is_async=True)
+            acc = warpgroup_mma(weights.index(a), k_low.index(b), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             # the last pair's second buffer takes the output first
             mbarrier.arrive(low_free.index(1), count=1, pred=i != num_blocks - 2)
             num_pairs += 1
         is_storing = _finish(
             0, acc, largest, total, totals, totals_ready, (item - 1) & 1, k_low.index(1), out_desc,
-            request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink, partial_ptr,
+            request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr,
             partial_lse_ptr, groups, HAS_SINK,
         )  # fmt: skip
         mbarrier.arrive(low_free.index(1), count=1, pred=is_storing == 0)
@@ -184,9 +206,10 @@ def attend_first(
 
 @gluon.jit
 def attend_second(
-    q_low, q_high, k_low, k_high, weights, decays, maxima, totals, bias, k_ready, high_free,
-    q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q, lse_ptr,
-    empty_lse, sink, partial_ptr, partial_lse_ptr, scale_log2, zero, HAS_SINK: gl.constexpr,
+    q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias, k_ready,
+    high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q, lse_ptr,
+    empty_lse, sink_ptr, partial_ptr, partial_lse_ptr, scale_log2, zero, HAS_SINK: gl.constexpr,
+    HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the second block of each pair; output channels 256 to 511."""
     S: gl.constexpr = scores_layout()
@@ -222,13 +245,15 @@ def attend_second(
             scores = issue_scores(
                 q_low.index(a), q_high.index(a), k_low.index(b), k_high.index(b), S
             )
-            acc = warpgroup_mma_wait(2, deps=[in_flight])
+            if HAS_ROPE:
+                scores = add_scores(q_rope.index(a), k_rope.index(b), scores)
+            acc = warpgroup_mma_wait(3 if HAS_ROPE else 2, deps=[in_flight])
             mbarrier.arrive(high_free.index(0), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            scores += bias.index(1).load(gl.SliceLayout(0, S))[None, :]
+            scores += bias.index(1).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
             narrow = w.to(gl.bfloat16)
-            weights.index(b).store(narrow)
+            weights.index(a).store(narrow)
             decays.index(1).store(decay)
             maxima.index(1).store(largest)
             fence_async_shared()
@@ -242,7 +267,7 @@ def attend_second(
             num_pairs += 1
         is_storing = _finish(
             1, acc, largest, total, totals, totals_ready, (item - 1) & 1, k_high.index(1), out_desc,
-            request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink, partial_ptr,
+            request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr,
             partial_lse_ptr, groups, HAS_SINK,
         )  # fmt: skip
         mbarrier.arrive(high_free.index(1), count=1, pred=is_storing == 0)

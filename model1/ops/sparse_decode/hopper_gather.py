@@ -27,7 +27,7 @@ BLOCK = gl.constexpr(64)  # tokens of a block
 
 
 @gluon.jit
-def _open_list(items, item, block, lists, main, extra):
+def open_list(items, item, block, lists, main, extra):
     """Where an item's slots continue with `block`, how many entries are left, and their cache."""
     num_main = item_field(items, item, 5)
     main_blocks = (num_main + 63) >> 6
@@ -46,14 +46,14 @@ def _open_list(items, item, block, lists, main, extra):
 
 
 @gluon.jit
-def _load_slots(start, left, HALF_BLOCK: gl.constexpr):
+def load_slots(start, left, HALF_BLOCK: gl.constexpr):
     """The slots of half a block; -1 where the list has ended."""
     token = HALF_BLOCK * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, codes_layout()))
     return gl.load(start + token, mask=token < left, other=-1)
 
 
 @gluon.jit
-def _next_block(items, item, block, end, start, left, cache, lists, main, extra):
+def next_block(items, item, block, end, start, left, cache, lists, main, extra):
     """One block on; behind the last item stands an entry without slots and without an end."""
     block += 1
     start += BLOCK
@@ -63,7 +63,7 @@ def _next_block(items, item, block, end, start, left, cache, lists, main, extra)
         item = gl.where(is_end, item + 1, item)
         block = gl.where(is_end, item_field(items, item, 2), block)
         end = item_field(items, item, 3)
-        start, left, cache = _open_list(items, item, block, lists, main, extra)
+        start, left, cache = open_list(items, item, block, lists, main, extra)
     return item, block, end, start, left, cache
 
 
@@ -74,8 +74,8 @@ def _pointers(slot, cache):
 
 @gluon.jit
 def gather_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, bias, k_ready, low_free,
-    high_free,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready,
+    low_free, high_free,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -87,16 +87,16 @@ def gather_keys(
     if num_items > 0:
         item, block, end = 1, item_field(items, 1, 2), item_field(items, 1, 3)
         item_now, left_now = 1, end - block
-        start, left, cache = _open_list(items, item, block, lists, main, extra)
-        rows, scales, exists = _pointers(_load_slots(start, left, HALF_BLOCK), cache)
-        item, block, end, start, left, cache = _next_block(
+        start, left, cache = open_list(items, item, block, lists, main, extra)
+        rows, scales, exists = _pointers(load_slots(start, left, HALF_BLOCK), cache)
+        item, block, end, start, left, cache = next_block(
             items, item, block, end, start, left, cache, lists, main, extra
         )
-        next_rows, next_scales, next_exists = _pointers(_load_slots(start, left, HALF_BLOCK), cache)
-        item, block, end, start, left, cache = _next_block(
+        next_rows, next_scales, next_exists = _pointers(load_slots(start, left, HALF_BLOCK), cache)
+        item, block, end, start, left, cache = next_block(
             items, item, block, end, start, left, cache, lists, main, extra
         )
-        slot = _load_slots(start, left, HALF_BLOCK)
+        slot = load_slots(start, left, HALF_BLOCK)
         scale_low = gl.load(scales, mask=exists, other=0)
         scale_high = gl.load(scales + 1, mask=exists, other=0)
         x0 = load_codes(rows, exists, 0)
@@ -150,14 +150,16 @@ def gather_keys(
             x5 = load_codes(rows, exists, 5)
             x6 = load_codes(rows, exists, 6)
             rope = load_rope(rows, exists)
-            bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0).store(new_bias)
+            bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0).store(
+                new_bias.to(gl.bfloat16)
+            )
             mbarrier.arrive(k_ready.index(buffer), count=1)
             next_rows, next_scales, next_exists = _pointers(slot, cache)
             prefetch_rows(next_rows, next_scales)
-            item, block, end, start, left, cache = _next_block(
+            item, block, end, start, left, cache = next_block(
                 items, item, block, end, start, left, cache, lists, main, extra
             )
-            slot = _load_slots(start, left, HALF_BLOCK)
+            slot = load_slots(start, left, HALF_BLOCK)
             left_now -= 1
             if left_now == 0:
                 item_now += 1
