@@ -22,6 +22,8 @@ from lightning_cases import make_call
 from sparse_decode_cases import DEVICE, DTYPE
 from torch import Tensor
 
+from model1.ops.engram import engram_gate, engram_hash, quantize_rows
+from model1.ops.engram.gather import gather_rows
 from model1.ops.kv_cache import (
     KVLayout,
     allocate_kv_cache,
@@ -280,6 +282,62 @@ def _inverse_rope_gate_backward(seed: int) -> Call:
     )
 
 
+def _engram_gate_tensors(seed: int) -> dict[str, Tensor]:
+    _seed(seed)
+    n, d = (4, 4096) if BIG else (3, 40)
+    h, key, value = (torch.randn(5, *x, d).to(DEVICE, DTYPE) for x in ((n,), (n,), ()))
+    return {"h": h, "key": key, "value": value, "norm_weight": torch.rand(n, d).to(DEVICE) + 0.5}
+
+
+def _engram_gate(seed: int) -> Call:
+    arguments = _engram_gate_tensors(seed) | {"eps": 1e-6}
+    return _call(engram_gate, arguments, "h", "key", "value", "norm_weight")
+
+
+def _engram_gate_backward(seed: int) -> Call:
+    tensors = _engram_gate_tensors(seed)
+    out, gate, scores = torch.ops.model1.engram_gate(*tensors.values(), None, 1e-6, True, "triton")
+    grads = {"grad": torch.randn(out.shape).to(out), "d_gate": torch.randn(gate.shape).to(gate)}
+
+    def run(**tensors: Tensor) -> Any:
+        return torch.ops.model1.engram_gate_backward(*tensors.values(), True, "triton")
+
+    return Call(run=run, tensors=grads | tensors | {"gate": gate, "scores": scores})
+
+
+def _engram_gather(seed: int) -> Call:
+    """Rows of every kind; the second wanted one is none of the table's."""
+    _seed(seed)
+    stores = [quantize_rows(torch.randn(20, 256), kind) for kind in ("bf16", "fp8", "fp4")]
+    rows = torch.randint(20, (3, 7))
+    rows[0, 1] = -1
+    parts = [x for store in stores for x in (store.data, store.scale) if x is not None]
+    names = ("data_0", "data_1", "scale_1", "data_2", "scale_2")
+    tensors = dict(zip(names, (x.to(DEVICE) for x in parts), strict=True))
+
+    def run(rows: Tensor, **tables: Tensor) -> tuple[Tensor, ...]:
+        pairs = [(tables[f"data_{i}"], tables.get(f"scale_{i}")) for i in range(3)]
+        return tuple(
+            gather_rows(data, scale, rows.flatten(), dtype=DTYPE, backend="triton")
+            for data, scale in pairs
+        )
+
+    return Call(run=run, tensors={"rows": rows.to(DEVICE)} | tensors)
+
+
+def _engram_hash(seed: int) -> Call:
+    _seed(seed)
+    numbers = {
+        "ngram_token_ids": torch.randint(-1, 50, (9, 4)),
+        "compression_table": torch.randint(0, 40, (50,)),
+        "multipliers": torch.randint(1, 2**56, (4,)),
+        "table_sizes": torch.randint(100, 2**24, (24,)),
+        "table_offsets": torch.randint(0, 2**40, (24,)),
+    }
+    tensors = {name: x.to(DEVICE) for name, x in numbers.items()}
+    return _call(engram_hash, tensors | {"pad_token_id": 2})
+
+
 CALLS: dict[str, Callable[[int], Call]] = {
     "sparse_decode": _sparse_decode,
     "sparse_decode deterministic": lambda seed: _sparse_decode(seed, deterministic=True),
@@ -297,4 +355,8 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "gather": _gather,
     "inverse_rope_gate": _inverse_rope_gate,
     "inverse_rope_gate_backward": _inverse_rope_gate_backward,
+    "engram_gate": _engram_gate,
+    "engram_gate_backward": _engram_gate_backward,
+    "engram_gather": _engram_gather,
+    "engram_hash": _engram_hash,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from benchmarks.cases import (
     dense_decode,
+    engram,
     kv_write,
     mha_prefill,
     selector,
@@ -25,6 +26,7 @@ MODULES: tuple[ModuleType, ...] = (
     kv_write,
     mha_prefill,
     selector,
+    engram,
 )
 
 __all__ = ["MODULES", "Call", "Case", "Work", "own_work"]

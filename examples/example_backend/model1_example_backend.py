@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model1.ops.engram.formats import engram_gather_ref
+from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref, engram_hash_ref
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 from model1.ops.kv_cache.ref import (
     gather_and_dequantize_ref,
@@ -88,6 +90,10 @@ def _whole_batch(
 device_types: frozenset[str] = frozenset()
 
 operators = {
+    "engram_gate": engram_gate_ref,
+    "engram_gate_backward": engram_gate_backward_ref,
+    "engram_gather": engram_gather_ref,
+    "engram_hash": engram_hash_ref,
     "gather_and_dequantize": gather_and_dequantize_ref,
     "gather_rope": gather_rope_ref,
     "inverse_rope_gate": inverse_rope_gate_ref,

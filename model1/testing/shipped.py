@@ -16,6 +16,8 @@ from model1.ops.launch import USUAL_CHANNELS
 from model1.testing.targets import TARGETS
 
 MODULES = (
+    "model1.ops.engram.portable",
+    "model1.ops.engram.portable_rows",
     "model1.ops.kv_cache.portable",
     "model1.ops.kv_write.portable",
     "model1.ops.lowrank_attention.portable",

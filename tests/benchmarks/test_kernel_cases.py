@@ -17,6 +17,7 @@ from benchmarks.cases import (
     MODULES,
     Work,
     dense_decode,
+    engram,
     kv_write,
     mha_prefill,
     own_work,
@@ -129,6 +130,25 @@ def test_kv_writes_store_every_token_and_take_turns(layout: Any, token_bytes: in
         caches[0], slots, layout=layout, block_size=64, dtype=torch.float32
     )
     assert (rows.abs().sum(1) > 0).sum() == 150
+
+
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def test_the_engram_gate_and_pytorch_agree(step: Any) -> None:
+    work = engram.gate_work(step, 3, 2, 32, CPU)
+    assert work.num_bytes == 3 * 32 * 2 * {"forward": 7, "backward": 12}[step]
+    assert_rivals_agree(work, {"pytorch"}, 1e-6)
+
+
+def test_engram_rows_and_a_copy_of_their_bytes_agree() -> None:
+    work = engram.gather_work(2, CPU, table_bytes=264 * 50)
+    assert work.num_bytes == 2 * 24 * (264 + 8 + 512)
+    (rows,) = work.bind(None)()
+    assert torch.equal(work.bind(None)()[0], rows)
+    codes, scales = work.rivals["index_select"]()()
+    assert codes.shape == rows.shape == (48, 256)
+    assert scales.shape == (48, 8)
+    assert len(work.rivals) == 1
+    assert run.similarity_gap(rows, codes) < 1e-9
 
 
 @pytest.mark.parametrize("step", ["forward", "backward"])

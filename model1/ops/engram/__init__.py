@@ -2,18 +2,23 @@
 
 ids -> `engram_hash` -> rows -> `RowStore.gather` or an embedding -> projections (a module's
 work) -> `engram_gate` [-> `engram_short_conv`] -> added to the residual streams.
-Inputs are checked here, by shape and dtype; ids and rows out of range are an IndexError of the
-gather on the CPU and are not looked for on a GPU. Axis letters: t tokens, N places of an n-gram
-(the token itself first), T tables, n residual streams, d channels, K taps.
+Inputs are checked by shape and dtype; ids and rows out of range are an IndexError on the CPU, and
+a kernel gives a row of -1, or channels of NaN, for them. Axis letters: t tokens, N places of an
+n-gram (the token itself first), T tables, n residual streams, d channels, K taps.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from model1.ops.backend import Operator
+from model1.ops.engram.checks import check_eps, check_for_kernel, check_int64, check_shape
+from model1.ops.engram.gate import engram_gate
 from model1.ops.engram.hashing import HashSpec, build_hash_specs, check_compression_table
-from model1.ops.engram.ref import engram_gate_ref, engram_hash_ref, engram_short_conv_ref
+from model1.ops.engram.ref import engram_hash_ref, engram_short_conv_ref
 from model1.ops.engram.rows import RowStore, quantize_rows
 
 __all__ = [
@@ -27,6 +32,14 @@ __all__ = [
     "quantize_rows",
 ]
 
+ENGRAM_HASH = Operator(
+    name="engram_hash",
+    implementations={
+        "ref": "model1.ops.engram.ref:engram_hash_ref",
+        "triton": "model1.ops.engram.portable_rows:engram_hash_triton",
+    },
+)
+
 
 def engram_hash(
     ngram_token_ids: Tensor,
@@ -36,6 +49,7 @@ def engram_hash(
     table_offsets: Tensor,
     *,
     pad_token_id: int,
+    backend: str = "auto",
 ) -> Tensor:
     """Rows of the flat table that each token reads: [t, T] int64, order-major then head.
 
@@ -45,13 +59,16 @@ def engram_hash(
     is the sequence start or a gap: it and everything further back read as pad_token_id. A token
     that is itself negative still gets legal rows; pass it to `engram_gate` as not live.
     compression_table: [vocab] int64. multipliers: [N] int64. table_sizes, table_offsets: [T].
+    An id that the table lacks is an IndexError on the CPU; a kernel gives -1 for its rows. Every
+    backend gives the same integers. Raises ValueError for shapes, dtypes and a negative
+    pad_token_id, BackendUnavailable for a backend that cannot run here.
     Source: arXiv 2601.07372, section 2; the constants come from `build_hash_specs`.
     """
-    _check_int64("ngram_token_ids", ngram_token_ids, 2)
-    _check_int64("compression_table", compression_table, 1)
-    _check_int64("multipliers", multipliers, 1)
-    _check_int64("table_sizes", table_sizes, 1)
-    _check_int64("table_offsets", table_offsets, 1)
+    check_int64("ngram_token_ids", ngram_token_ids, 2)
+    check_int64("compression_table", compression_table, 1)
+    check_int64("multipliers", multipliers, 1)
+    check_int64("table_sizes", table_sizes, 1)
+    check_int64("table_offsets", table_offsets, 1)
     num_places, num_tables = ngram_token_ids.shape[1], table_sizes.shape[0]
     if num_places < 2:
         raise ValueError(f"ngram_token_ids must have at least 2 columns, got {num_places}")
@@ -61,46 +78,32 @@ def engram_hash(
         )
     if pad_token_id < 0:
         raise ValueError(f"pad_token_id must not be negative, got {pad_token_id}")
-    _check_shape("multipliers", multipliers, (num_places,))
-    _check_shape("table_offsets", table_offsets, (num_tables,))
-    return engram_hash_ref(
+    check_shape("multipliers", multipliers, (num_places,))
+    check_shape("table_offsets", table_offsets, (num_tables,))
+    name = ENGRAM_HASH.resolve(backend, ngram_token_ids.device)
+    constants = (compression_table, multipliers, table_sizes, table_offsets)
+    if name == "ref":
+        return engram_hash_ref(ngram_token_ids, *constants, pad_token_id)
+    check_for_kernel(
+        ngram_token_ids.device, is_floating=False, compression_table=compression_table,
+        multipliers=multipliers, table_sizes=table_sizes, table_offsets=table_offsets,
+    )  # fmt: skip
+    return torch.ops.model1.engram_hash(ngram_token_ids, *constants, pad_token_id, name)
+
+
+@torch.library.custom_op("model1::engram_hash", mutates_args=())
+def _engram_hash(
+    ngram_token_ids: Tensor, compression_table: Tensor, multipliers: Tensor, table_sizes: Tensor,
+    table_offsets: Tensor, pad_token_id: int, backend: str,
+) -> Tensor:  # fmt: skip
+    return ENGRAM_HASH.load(backend)(
         ngram_token_ids, compression_table, multipliers, table_sizes, table_offsets, pad_token_id
     )
 
 
-def engram_gate(
-    h: Tensor,
-    key: Tensor,
-    value: Tensor,
-    norm_weight: Tensor,
-    *,
-    eps: float,
-    live: Tensor | None = None,
-    signed_sqrt: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Weigh the memory by how well its key fits each residual stream; (out, gate).
-
-    s = <RMSNorm(h) * norm_weight, RMSNorm(key)> / sqrt(d);   u = sign(s) sqrt(max(|s|, 1e-6))
-    gate = sigmoid(u);   out = gate * value      (u = s without signed_sqrt)
-
-    h, key: [t, n, d]. value: [t, d], shared by the streams. norm_weight: [n, d], the product of
-    the query's and the key's norm weights. live: [t] bool, gate 0 where false; None = all live.
-    out is [t, n, d] in h's dtype; gate is [t, n] in fp32 (fp64 if h is), as is all arithmetic.
-    Differentiable in h, key, value and norm_weight; no gradient passes s where |s| < 1e-6.
-    Source: arXiv 2601.07372, section 2.3; the signed root is that of the released code.
-    """
-    if h.ndim != 3:
-        raise ValueError(f"h must be [t, n, d], got shape {tuple(h.shape)}")
-    num_tokens, num_streams, dim = h.shape
-    _check_shape("key", key, (num_tokens, num_streams, dim))
-    _check_shape("value", value, (num_tokens, dim))
-    _check_shape("norm_weight", norm_weight, (num_streams, dim))
-    _check_eps(eps)
-    if live is not None:
-        _check_shape("live", live, (num_tokens,))
-        if live.dtype != torch.bool:
-            raise ValueError(f"live must be bool, got {live.dtype}")
-    return engram_gate_ref(h, key, value, norm_weight, live, eps, signed_sqrt)
+@_engram_hash.register_fake
+def _(ngram_token_ids: Tensor, *args: Any) -> Tensor:
+    return ngram_token_ids.new_empty((ngram_token_ids.shape[0], args[2].shape[0]))
 
 
 def engram_short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: float) -> Tensor:
@@ -119,25 +122,7 @@ def engram_short_conv(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: fl
         raise ValueError(f"norm_weight must be [n, d], got shape {tuple(norm_weight.shape)}")
     num_tokens, num_taps, _ = x.shape
     channels = norm_weight.shape[0] * norm_weight.shape[1]
-    _check_shape("x", x, (num_tokens, num_taps, channels))
-    _check_shape("weight", weight, (channels, num_taps))
-    _check_eps(eps)
+    check_shape("x", x, (num_tokens, num_taps, channels))
+    check_shape("weight", weight, (channels, num_taps))
+    check_eps(eps)
     return engram_short_conv_ref(x, weight, norm_weight, eps)
-
-
-# The messages are built on failure only: these checks run for every layer of every step.
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-
-
-def _check_int64(name: str, tensor: Tensor, ndim: int) -> None:
-    if tensor.dtype != torch.int64 or tensor.ndim != ndim:
-        raise ValueError(
-            f"{name} must be int64 with {ndim} axes, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
-
-
-def _check_eps(eps: float) -> None:
-    if eps <= 0:
-        raise ValueError(f"eps must be positive, got {eps}")

@@ -47,8 +47,26 @@ def engram_gate_ref(
     live: Tensor | None,
     eps: float,
     signed_sqrt: bool,
-) -> tuple[Tensor, Tensor]:
-    """Oracle of `engram_gate`; fp32, or fp64 when h is fp64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Oracle of `engram_gate`; fp32, or fp64 when h is fp64.
+
+    The third result is what the gradient needs of each token and stream, [3, t, n]: the score s
+    and, over sqrt(d), the inverse rms of h and of key.
+    """
+    out, gate, *scores = gate_steps_ref(h, key, value, norm_weight, live, eps, signed_sqrt)
+    return out, gate, torch.stack(scores)
+
+
+def gate_steps_ref(
+    h: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_weight: Tensor,
+    live: Tensor | None,
+    eps: float,
+    signed_sqrt: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, gate and the three parts of the oracle's third result, for PyTorch to differentiate."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     query, key, dim = h.to(dtype), key.to(dtype), h.shape[-1]
     # 1 / rms = sqrt(d) / norm for each side; with the score's 1 / sqrt(d), sqrt(d) remains.
@@ -56,14 +74,50 @@ def engram_gate_ref(
     query_scale = (vecdot(query, query) + eps * dim).rsqrt()
     key_scale = (vecdot(key, key) + eps * dim).rsqrt()
     score = vecdot(query * norm_weight.to(dtype), key) * query_scale * key_scale * dim**0.5
+    root = score
     if signed_sqrt:
         # clamp passes no gradient where it acts, and sign never does.
-        score = score.sign() * score.abs().clamp(min=GATE_SCORE_MIN).sqrt()
-    gate = _sigmoid(score)
+        root = score.sign() * score.abs().clamp(min=GATE_SCORE_MIN).sqrt()
+    gate = _sigmoid(root)
     if live is not None:
         gate = gate * live.unsqueeze(-1)
     out = gate.unsqueeze(-1) * value.to(dtype).unsqueeze(1)
-    return out.to(h.dtype), gate
+    return out.to(h.dtype), gate, score, query_scale, key_scale
+
+
+def engram_gate_backward_ref(
+    grad: Tensor,
+    d_gate: Tensor | None,
+    h: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    scores: Tensor,
+    signed_sqrt: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, key, value and norm_weight; gate and scores are the oracle's.
+
+    ds = (<grad, value> + d_gate) gate (1 - gate) / (2 sqrt(|s|)), 0 where |s| < 1e-6;
+    d_h = ds (ds/dP weight key - s h / |h|^2), and likewise of key; P = <h weight, key>
+    """
+    dtype = scores.dtype
+    query, wide_key, weight = h.to(dtype), key.to(dtype), norm_weight.to(dtype)
+    score, query_scale, key_scale = (x.unsqueeze(-1) for x in scores.unbind())
+    grad, wide_gate = grad.to(dtype), gate.unsqueeze(-1)
+    d_score = vecdot(grad, value.to(dtype).unsqueeze(1)).unsqueeze(-1)
+    if d_gate is not None:
+        d_score = d_score + d_gate.unsqueeze(-1)
+    root = score.sign() * score.abs().clamp(min=GATE_SCORE_MIN).sqrt() if signed_sqrt else score
+    d_score = d_score * wide_gate * _sigmoid(-root)  # a gate of 0 stands for a dead token
+    if signed_sqrt:
+        d_score = (d_score * 0.5 / root.abs()).masked_fill(score.abs() < GATE_SCORE_MIN, 0)
+    product = d_score * h.shape[-1] ** 0.5 * query_scale * key_scale
+    d_h = product * weight * wide_key - d_score * score * query_scale.square() * query
+    d_key = product * weight * query - d_score * score * key_scale.square() * wide_key
+    d_value = (grad * wide_gate).sum(1)
+    d_weight = (product * query * wide_key).sum(0)
+    return d_h.to(h), d_key.to(key), d_value.to(value), d_weight.to(norm_weight)
 
 
 def engram_short_conv_ref(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,6 @@ half of what e2m1 codes with a power-of-two scale per 16 lose, at 5/16 of the by
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -23,17 +22,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model1.ops.engram.formats import (
+    E5M3_FP32_BIAS,
+    FP4_GROUP,
+    FP8_GROUP,
+    fp4_levels,
+    from_e5m3,
+)
+from model1.ops.engram.gather import gather_rows
+
 RowKind = Literal["bf16", "fp8", "fp4"]
 
 FP8_E4M3_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
-FP8_GROUP = 32  # channels per scale, as in the released 8-bit tables
-FP4_GROUP = 8
-# Positive half of the levels; the scale of a group is close to its largest magnitude.
-FP4_LEVELS = (0.059, 0.1795, 0.306, 0.4395, 0.5795, 0.7176, 0.874, 1.053)
-# E5M3: 2^(e - 24) * (1 + m / 8) for byte = 8 e + m, and 0 for byte 0.
-_E5M3_FP32_BIAS = (127 - 24) << 23
 _E5M3_MIN_BYTE, _E5M3_MAX_BYTE = 1, 255
-# Largest magnitude of each kind: the largest bfloat16, what keeps a factor of `_decode_fp8`
+# Largest magnitude of each kind: the largest bfloat16, what keeps a factor of `decode_fp8`
 # finite, and E5M3's byte 255.
 _LARGEST = {"bf16": torch.finfo(torch.bfloat16).max, "fp8": 2.0**127, "fp4": 240.0}
 _SCALE_SEARCH = (0, -1, 1, -2, 2)  # bytes tried around the one of the largest magnitude
@@ -67,21 +69,17 @@ class RowStore:
         """Bytes of codes and scales together."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """The de-quantised rows: [*rows.shape, dim] fp32.
+    def gather(
+        self, rows: Tensor, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    ) -> Tensor:
+        """The de-quantised rows: [*rows.shape, dim] in dtype, computed in fp32.
 
         rows: int64 of any shape, on the store's device. A row outside the table is an IndexError
-        on the CPU and is not looked for on a GPU.
+        on the CPU; kernels read it as NaN, and the reference on a GPU leaves it to PyTorch.
         """
         if rows.dtype != torch.int64:
             raise ValueError(f"rows must be int64, got {rows.dtype}")
-        index = rows.flatten()
-        if self.kind == "bf16":
-            flat = self.data.index_select(0, index).float()
-        elif self.kind == "fp8":
-            flat = _decode_fp8(self._take(self.data, index), self._take(self.scale, index))
-        else:
-            flat = _decode_fp4(self._take(self.data, index), self._take(self.scale, index))
+        flat = gather_rows(self.data, self.scale, rows.flatten(), dtype=dtype, backend=backend)
         return flat.view(*rows.shape, self.dim)
 
     def to(self, device: torch.device | str) -> RowStore:
@@ -117,11 +115,6 @@ class RowStore:
         kind, columns_per_scale = kinds[data.dtype]
         _check_scale(kind, data, scale, columns_per_scale)
         return cls(kind, data, scale)
-
-    @staticmethod
-    def _take(tensor: Tensor | None, index: Tensor) -> Tensor:
-        assert tensor is not None  # from_tensors and quantize_rows give every such kind a scale
-        return tensor.view(torch.uint8).index_select(0, index)
 
 
 def quantize_rows(x: Tensor, kind: RowKind) -> RowStore:
@@ -186,26 +179,16 @@ def _encode_fp8(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return codes, byte.to(torch.uint8)
 
 
-def _decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    # The bits of an e4m3 code, sign apart, moved into an fp16 read as the value over 2^8,
-    # subnormals included; several times faster on a CPU than its fp8 conversion.
-    halves = ((codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16)
-    # The byte is the exponent field of an fp32: byte 0 reads as 0, as in the released tables.
-    factors = (scale.int() << 23).view(torch.float32) * 2.0**8
-    values = halves.float().view(*scale.shape, FP8_GROUP)
-    return values.mul_(factors.unsqueeze(-1))
-
-
 def _encode_fp4(x: Tensor) -> tuple[Tensor, Tensor | None]:
     grouped = x.unflatten(1, (-1, FP4_GROUP))
     largest = grouped.abs().amax(-1, keepdim=True)
-    levels = _fp4_levels(x.device)
+    levels = fp4_levels(x.device)
     borders = (levels[1:] + levels[:-1]) / 2
     start = _to_e5m3(largest)
     byte, codes, error = start, start, torch.full_like(largest, torch.inf)
     for step in _SCALE_SEARCH:
         trial_byte = (start + step).clamp(_E5M3_MIN_BYTE, _E5M3_MAX_BYTE)
-        factor = _from_e5m3(trial_byte)
+        factor = from_e5m3(trial_byte)
         trial_codes = torch.bucketize(grouped / factor, borders)
         trial_error = (levels[trial_codes] * factor - grouped).square().sum(-1, keepdim=True)
         better = trial_error < error
@@ -217,33 +200,7 @@ def _encode_fp4(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return (low | (high << 4)).to(torch.uint8), byte.squeeze(-1).to(torch.uint8)
 
 
-def _decode_fp4(codes: Tensor, scale: Tensor) -> Tensor:
-    # One look-up gives both channels of a byte: the pair of fp32 is fetched as one int64.
-    pairs = _fp4_pairs(codes.device).index_select(0, codes.flatten().int())
-    values = pairs.view(torch.float32).view(*scale.shape, FP4_GROUP)
-    return values.mul_(_from_e5m3(scale.int()).unsqueeze(-1))
-
-
 def _to_e5m3(x: Tensor) -> Tensor:
     """Nearest byte (int32) for x >= 0; 0 where x is below half of the smallest scale."""
     rounded = (x.view(torch.int32) + (1 << 19)) >> 20
-    return (rounded - (_E5M3_FP32_BIAS >> 20)).clamp(0, _E5M3_MAX_BYTE)
-
-
-def _from_e5m3(byte: Tensor) -> Tensor:
-    factor = ((byte << 20) + _E5M3_FP32_BIAS).view(torch.float32)
-    return factor.masked_fill(byte == 0, 0.0)
-
-
-def _fp4_levels(device: torch.device) -> Tensor:
-    negative = [-level for level in reversed(FP4_LEVELS)]
-    return torch.tensor([*negative, *FP4_LEVELS], dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(maxsize=16)
-def _fp4_pairs(device: torch.device) -> Tensor:
-    """[256] int64: the two fp32 levels of each byte, the low nibble's first in memory."""
-    levels = _fp4_levels(device)
-    byte = torch.arange(256, device=device)
-    pairs = torch.stack([levels[byte & 15], levels[byte >> 4]], dim=1)
-    return pairs.contiguous().view(torch.int64).squeeze(1)
+    return (rounded - (E5M3_FP32_BIAS >> 20)).clamp(0, _E5M3_MAX_BYTE)

@@ -1,0 +1,101 @@
+"""Engram's gate and the gather of stored rows, both bound by memory.
+
+Targets: the gate at 90 % of the copy bandwidth forward and 88 % backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.case import Call, Case, Work, own_work
+from model1.ops.engram import RowStore, engram_gate
+
+OPERATOR = "engram"
+TESTS = ("tests/ops/test_engram_*.py",)
+TABLE_BYTES = 20 * 10**9
+ROW_BYTES = 264  # 256 channels in 8 bits and their scales
+ROWS_PER_TOKEN = 24  # three orders of eight heads
+_CHUNK_ROWS = 1 << 20
+# Rows are asked for at this many places in turn, more than a cache holds. The table repeats itself
+# there, so that any two calls have the same result.
+_PLACES = 8
+
+
+def gate_work(
+    step: Literal["forward", "backward"], t: int, n: int, d: int, device: torch.device
+) -> Work:
+    """The gate of t tokens in bf16, key and value from one projection as the model has them.
+
+    Bytes are those of h, key, value and out (forward), and of these three, their gradients and
+    out's (backward); the weights and the numbers per token are left out.
+    """
+    torch.manual_seed(1)
+    joint = torch.randn(t, n + 1, d, dtype=torch.bfloat16, device=device)
+    h = torch.randn(t, n, d, dtype=torch.bfloat16, device=device)
+    weight = torch.rand(n, d, device=device) + 0.5
+    leaves = [x.requires_grad_(step == "backward") for x in (h, joint[:, :-1], joint[:, -1])]
+    leaves.append(weight.requires_grad_(step == "backward"))
+    grad = torch.randn_like(h.detach())
+
+    def bind(backend: str) -> Call:
+        if step == "forward":
+            return lambda: engram_gate(*leaves, eps=1e-6, backend=backend)
+        out, _ = engram_gate(*leaves, eps=1e-6, backend=backend)
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    num_vectors = 3 * n + 1 if step == "forward" else 5 * n + 2
+    rivals = {"pytorch": lambda: bind("ref")}
+    return own_work(bind("auto"), 0.0, 2 * t * d * num_vectors, rivals)
+
+
+def gather_work(t: int, device: torch.device, *, table_bytes: int = TABLE_BYTES) -> Work:
+    """All rows of t tokens from a large 8-bit table, in bf16, beside a copy of their bytes alone.
+
+    Every scale is 1, so that the codes, which the rival gives, are the rows. Bytes are those of
+    the rows and their numbers, read, and of the result, written.
+    """
+    torch.manual_seed(1)
+    num_rows = table_bytes // ROW_BYTES
+    data = torch.empty(num_rows, 256, dtype=torch.uint8, device=device)
+    period = min(num_rows // _PLACES, _CHUNK_ROWS)
+    pool = torch.randint(0x7F, (period, 256), dtype=torch.uint8, device=device)
+    for chunk in data.split(period):
+        chunk.copy_(pool[: len(chunk)])
+    scale = torch.full((num_rows, 8), 127, dtype=torch.uint8, device=device)
+    store = RowStore("fp8", data.view(torch.float8_e4m3fn), scale)
+    num_wanted = t * ROWS_PER_TOKEN
+    wanted = torch.randint(num_rows - (_PLACES - 1) * period, (1, num_wanted), device=device)
+    wanted = wanted + period * torch.arange(_PLACES, device=device)[:, None]
+
+    def bind() -> Call:
+        turns = itertools.cycle(wanted)
+        return lambda: (store.gather(next(turns), dtype=torch.bfloat16),)
+
+    def bind_copy() -> Call:
+        turns = itertools.cycle(wanted)
+
+        def call() -> tuple[Tensor, ...]:
+            rows = next(turns)
+            codes, scales = (x.index_select(0, rows) for x in (data, scale))
+            return codes.view(torch.float8_e4m3fn), scales
+
+        return call
+
+    num_bytes = num_wanted * (ROW_BYTES + 8 + 2 * 256)
+    return own_work(bind(), 0.0, num_bytes, {"index_select": bind_copy})
+
+
+def cases() -> Iterator[Case]:
+    """The widths of the released model's kind: four streams of 4096 channels."""
+    for step in ("forward", "backward"):
+        build = functools.partial(gate_work, step, 8192, 4, 4096)
+        yield Case(OPERATOR, f"gate {step} t=8192 n=4 d=4096", build)
+    for t in (64, 8192):
+        build = functools.partial(gather_work, t)
+        yield Case(OPERATOR, f"gather fp8 t={t} of {TABLE_BYTES // 10**9} GB", build)
