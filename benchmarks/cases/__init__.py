@@ -13,6 +13,7 @@ from benchmarks.cases import (
     engram,
     kv_write,
     mha_prefill,
+    mhc,
     selector,
     sparse_decode,
     sparse_prefill,
@@ -25,6 +26,7 @@ MODULES: tuple[ModuleType, ...] = (
     dense_decode,
     kv_write,
     mha_prefill,
+    mhc,
     selector,
     engram,
 )
