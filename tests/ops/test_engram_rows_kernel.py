@@ -185,7 +185,7 @@ def test_the_operators_describe_themselves_to_pytorch() -> None:
 
 def test_bad_arguments_name_value_and_rule() -> None:
     store, rows = quantize_rows(torch.randn(3, 64), "fp8").to(DEVICE), torch.zeros(1).long()
-    with pytest.raises(ValueError, match=f"rows must be on {rows.device}, got meta"):
+    with pytest.raises(ValueError, match=f"rows must be on {store.data.device}, got meta"):
         store.gather(rows.to("meta"), backend="triton")
     with pytest.raises(ValueError, match=r"dtype must be float32, .*got torch\.int64"):
         store.gather(rows.to(DEVICE), dtype=torch.int64)
@@ -193,5 +193,5 @@ def test_bad_arguments_name_value_and_rule() -> None:
         gather_rows(store.data.T, None, rows.to(DEVICE), backend="triton")
     arguments = list(hash_arguments(2))
     arguments[3] = arguments[3].to("meta")
-    with pytest.raises(ValueError, match=f"table_sizes must be on {rows.device}, got meta"):
+    with pytest.raises(ValueError, match=f"table_sizes must be on {store.data.device}, got meta"):
         engram_hash(*arguments, pad_token_id=2, backend="triton")
