@@ -1,8 +1,7 @@
-"""Engram's kernels: the formulas in fp64, every code, hostile rows and ids, PyTorch's view."""
+"""Engram's gate in Triton: the formula and its gradients in fp64, PyTorch's view."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 from backend_option import BACKENDS
+from engram_cases import DEVICE, far
 from torch import Tensor
 
-from model1.config import EngramConfig
 from model1.errors import BackendUnavailable
-from model1.ops.engram import (
-    RowStore,
-    build_hash_specs,
-    engram_gate,
-    engram_hash,
-    quantize_rows,
-)
-from model1.ops.engram.gather import gather_rows
+from model1.ops.engram import engram_gate
 from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref
 from model1.testing.compare import assert_close_rows
 
@@ -34,7 +26,6 @@ pytestmark = [
     pytest.mark.any_device,
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [  # t, n, d
     (1, 1, 16),
     (3, 4, 64),
@@ -44,7 +35,7 @@ SHAPES = [  # t, n, d
     (2, 5, 7),
 ]
 if torch.cuda.is_available():
-    SHAPES += [(301, 4, 4096), (130, 1, 7168), (65, 8, 2560), (70001, 2, 16)]
+    SHAPES += [(301, 4, 4096), (130, 1, 7168), (65, 8, 2560), (4001, 2, 16)]
 VARIANTS = [  # dtype, signed_sqrt
     (torch.float32, True),
     (torch.bfloat16, True),
@@ -52,8 +43,6 @@ VARIANTS = [  # dtype, signed_sqrt
     (torch.bfloat16, False),
     (torch.float16, True),
 ]
-KINDS: list[Any] = ["bf16", "fp8", "fp4"]
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +53,15 @@ def numpy_like_a_gpu() -> Iterator[None]:
 
 
 def gate_inputs(t: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """h, key, value and norm_weight; key and value lie in one projection, as in the model."""
-    joint = torch.randn(t, n + 1, d).to(DEVICE, dtype)
+    """h, key, value and norm_weight; key and value lie in one projection, as in the model.
+
+    Scores are about 3 or -3: near 0 the root would magnify whatever fp32 is off by.
+    """
+    h, joint = torch.randn(t, n, d), torch.randn(t, n + 1, d)
+    joint[:, :-1] += 3 / d**0.5 * h * (2 * torch.randint(2, (t, n, 1)) - 1)
+    h, joint = h.to(DEVICE, dtype), joint.to(DEVICE, dtype)
     weight = 1 + 0.3 * torch.randn(n, d)
-    return [torch.randn(t, n, d).to(DEVICE, dtype), joint[:, :-1], joint[:, -1], weight.to(DEVICE)]
+    return [h, joint[:, :-1], joint[:, -1], weight.to(DEVICE)]
 
 
 def plain_gate(
@@ -93,7 +87,8 @@ def gradients(run: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor]
 
 @pytest.mark.parametrize("number", range(len(SHAPES) * (1 if DEVICE == "cpu" else len(VARIANTS))))
 def test_gate_and_gradients_equal_the_formula(number: int) -> None:
-    shape, (dtype, signed_sqrt) = SHAPES[number % len(SHAPES)], VARIANTS[number % len(VARIANTS)]
+    shape, turn = SHAPES[number % len(SHAPES)], number // len(SHAPES)
+    dtype, signed_sqrt = VARIANTS[(number + turn) % len(VARIANTS)]
     inputs = gate_inputs(*shape, dtype)
     grads = [torch.randn(shape).to(DEVICE, dtype), torch.randn(shape[:2]).to(DEVICE)]
     options = {"eps": 1e-6, "signed_sqrt": signed_sqrt}
@@ -121,7 +116,7 @@ def test_bf16_is_fp32_arithmetic_rounded_once() -> None:
     wide, same = engram_gate(
         h.float(), key.float(), value.float(), weight, eps=1e-20, backend="triton"
     )
-    torch.testing.assert_close(gate, same, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gate, same, rtol=1e-5, atol=0)
     assert torch.equal(out, (gate[..., None] * value.float()[:, None]).to(torch.bfloat16))
     torch.testing.assert_close(wide, out.float(), rtol=2**-8, atol=1e-6)
 
@@ -158,8 +153,8 @@ def test_dead_tokens_pass_nothing(t: int) -> None:
 
 
 def test_tokens_do_not_depend_on_each_other() -> None:
-    inputs, order = gate_inputs(7, 3, 48), torch.randperm(7).to(DEVICE)
-    grads = [torch.randn(7, 3, 48).to(DEVICE), torch.randn(7, 3).to(DEVICE)]
+    inputs, order = gate_inputs(5, 3, 48), torch.tensor([3, 0, 4, 2, 1]).to(DEVICE)
+    grads = [torch.randn(5, 3, 48).to(DEVICE), torch.randn(5, 3).to(DEVICE)]
 
     def run(rows: Tensor | slice, weight: Tensor) -> list[Tensor]:
         some = [x[rows] for x in inputs[:3]]
@@ -170,17 +165,32 @@ def test_tokens_do_not_depend_on_each_other() -> None:
         )
 
     want, weight = run(slice(None), inputs[3]), inputs[3]
-    for rows in (order, slice(5, 6), slice(3, 7)):
+    for rows in (order, slice(3, 4), slice(1, 5)):
         for got, all_rows in zip(run(rows, weight)[:-1], want[:-1], strict=True):
             assert torch.equal(got, all_rows[rows])
     assert torch.equal(run(slice(None), weight)[-1], want[-1])
-    inputs[1][5, 2, 7] = math.nan
+    inputs[1][3, 2, 7] = math.nan
     bad = run(slice(None), weight)
-    assert bad[0].isnan().flatten(2).all(2).nonzero().tolist() == [[5, 2]]
-    assert torch.equal(bad[0][6:], want[0][6:])
+    assert bad[0].isnan().flatten(2).all(2).nonzero().tolist() == [[3, 2]]
+    assert torch.equal(bad[0][4:], want[0][4:])
     for got, good in zip(bad[2:5], want[2:5], strict=True):  # h, key, value
-        assert got[5].isnan().any()
-        assert torch.equal(got[6:], good[6:])
+        assert got[3].isnan().any()
+        assert torch.equal(got[4:], good[4:])
+
+
+def test_tokens_and_streams_beyond_32_bits() -> None:
+    h, key, value, weight = gate_inputs(3, 2, 16, torch.bfloat16)
+    grads = [torch.randn(3, 2, 16).to(h), torch.randn(3, 2).to(DEVICE)]
+    stride = 2**30 + 16  # the last token lies 2^31 numbers behind the first
+    apart = [far(h, (stride, 16, 1)), far(key, (16, 2 * stride, 1)), far(value, (stride, 1))]
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        return gradients(
+            lambda *x: engram_gate(*x, eps=1e-6, backend="triton"), [*inputs, weight], grads
+        )
+
+    for got, want in zip(run(apart), run([h, key, value]), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_no_gradient_passes_a_clamped_score() -> None:
@@ -204,7 +214,7 @@ def test_no_gradient_passes_a_clamped_score() -> None:
     assert d_weight.isfinite().all()
 
 
-def test_operators_describe_themselves_to_pytorch() -> None:
+def test_the_operators_describe_themselves_to_pytorch() -> None:
     leaves = [x.detach().requires_grad_() for x in gate_inputs(2, 3, 16)]
     live = torch.tensor([True, False]).to(DEVICE)
     forward = torch.ops.model1.engram_gate.default
@@ -213,11 +223,6 @@ def test_operators_describe_themselves_to_pytorch() -> None:
     out, gate, scores = engram_gate_ref(*inputs, live, 1e-6, True)
     backward = torch.ops.model1.engram_gate_backward.default
     torch.library.opcheck(backward, (out, gate, *inputs, gate, scores, True, "triton"))
-    store, rows = quantize_rows(torch.randn(5, 32), "fp4").to(DEVICE), torch.arange(3).to(DEVICE)
-    gather = torch.ops.model1.engram_gather.default
-    torch.library.opcheck(gather, (store.data, store.scale, rows, torch.bfloat16, "triton"))
-    hash_op = torch.ops.model1.engram_hash.default
-    torch.library.opcheck(hash_op, (*hash_arguments(4)[:5], 2, "triton"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -241,142 +246,6 @@ def gate_inputs_once() -> list[Tensor]:
     return gate_inputs(2, 3, 16)
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gathered_rows_are_bitwise_the_references(kind: Any, dtype: torch.dtype) -> None:
-    for dim, shape in ((32, (3, 5)), (96, (1,)), (256, (37,)), (64, (0, 3))):
-        store = quantize_rows(torch.randn(23, dim), kind)
-        rows = torch.randint(23, shape)
-        want = store.gather(rows, dtype=dtype)
-        got = store.to(DEVICE).gather(rows.to(DEVICE), dtype=dtype, backend="triton")
-        assert (got.dtype, got.shape) == (dtype, (*shape, dim))
-        assert torch.equal(got.cpu(), want)
-
-
-@pytest.mark.parametrize("dim", [1, 5, 33])
-def test_bf16_rows_have_any_width(dim: int) -> None:
-    store = quantize_rows(torch.randn(9, dim), "bf16").to(DEVICE)
-    rows = torch.tensor([8, 0, 3, 3]).to(DEVICE)
-    assert torch.equal(store.gather(rows, backend="triton"), store.data[rows].float())
-
-
-@pytest.mark.parametrize("first", range(0, 256, 64))
-def test_every_8_bit_code_under_every_scale(first: int) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).repeat(64, 1).view(torch.float8_e4m3fn)
-    scale = torch.arange(first, first + 64, dtype=torch.uint8)[:, None].repeat(1, 8)
-    store, rows = RowStore("fp8", codes, scale), torch.arange(64)
-    want = store.gather(rows)
-    got = store.to(DEVICE).gather(rows.to(DEVICE), backend="triton").cpu()
-    assert torch.equal(got.isnan(), want.isnan())
-    assert torch.equal(
-        got.nan_to_num(7.0).view(torch.int32), want.nan_to_num(7.0).view(torch.int32)
-    )
-
-
-def test_every_4_bit_byte_under_every_scale() -> None:
-    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
-    scale = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 64)
-    store, rows = RowStore("fp4", codes, scale), torch.arange(256)
-    got = store.to(DEVICE).gather(rows.to(DEVICE), backend="triton").cpu()
-    assert torch.equal(got, store.gather(rows))
-
-
-@EVERY_KIND
-def test_rows_outside_the_table_are_nan_and_nothing_else_is_read(kind: Any) -> None:
-    store = quantize_rows(torch.randn(50, 64), kind)
-    wanted = torch.tensor([3, -1, 49, 50, 0, 2**62, -(2**62), 3])
-    good = (wanted >= 0) & (wanted < 50)
-    want = store.gather(wanted[good])
-    others = torch.ones(50, dtype=torch.bool)
-    others[wanted[good]] = False
-    store.data.view(torch.uint8)[others] = 0xFF
-    if store.scale is not None:
-        store.scale[others] = 0xFF
-    store = store.to(DEVICE)
-    got = store.gather(wanted.to(DEVICE), backend="triton").cpu()
-    assert torch.equal(got[good], want)
-    assert got[~good].isnan().all()
-    empty = quantize_rows(torch.zeros(0, 64), kind).to(DEVICE)
-    assert empty.gather(wanted.to(DEVICE), backend="triton").isnan().all()
-
-
-@EVERY_KIND
-def test_rows_may_lie_apart(kind: Any) -> None:
-    store = quantize_rows(torch.randn(20, 64), kind).to(DEVICE)
-    scale = None if store.scale is None else store.scale[1::2]
-    rows = torch.arange(30).to(DEVICE)[2:20:2] // 2
-    got = gather_rows(store.data[1::2], scale, rows, backend="triton")
-    assert torch.equal(got, store.gather(2 * rows + 1, backend="triton"))
-
-
-LARGE = EngramConfig(
-    engram_layer_ids=(1, 14),
-    engram_max_ngram_size=4,
-    engram_n_heads=8,
-    engram_head_dim=256,
-    engram_vocab_size=16_000_000,
-    engram_compressed_vocab_size=99_092,
-    engram_pad_token_id=2,
-    engram_seed=0,
-    short_conv=False,
-)
-
-
-def hash_arguments(t: int, config: EngramConfig = LARGE, layer: int = 1) -> tuple[Tensor, ...]:
-    spec = build_hash_specs(config)[layer]
-    size = config.engram_compressed_vocab_size
-    ids = torch.randint(-2, size, (t, config.engram_max_ngram_size))
-    constants = (spec.multipliers, spec.table_sizes, spec.table_offsets)
-    tensors = (ids, torch.randperm(size), *map(torch.from_numpy, constants))
-    return tuple(x.to(DEVICE) for x in tensors)
-
-
-def test_golden_rows() -> None:
-    """Frozen: a change here makes every trained table useless."""
-    ids = torch.tensor([[7, 5, 3, 2], [0, 0, 0, 0], [99_091, 99_091, 99_091, 99_091]]).to(DEVICE)
-    constants = hash_arguments(0)[2:]
-    table = torch.arange(99_092).to(DEVICE)
-    rows = engram_hash(ids, table, *constants, pad_token_id=2, backend="triton").cpu()
-    assert rows[1].tolist() == constants[2].tolist()
-    assert rows[0, [0, 8, 23]].tolist() == [1_465_117, 130_348_112, 382_554_457]
-    assert rows[2, [0, 8, 23]].tolist() == [12_193_612, 132_502_226, 375_130_424]
-
-
-@pytest.mark.parametrize("t", [0, 1, 33])
-@pytest.mark.parametrize("places", [2, 3, 4])
-def test_hash_equals_the_reference(places: int, t: int) -> None:
-    config = dataclasses.replace(LARGE, engram_max_ngram_size=places, engram_n_heads=1 + places)
-    arguments = hash_arguments(t, config, 14)
-    arguments[0][:, 1:][torch.rand(t, places - 1) < 0.3] = -1  # gaps, latched from there on
-    want = engram_hash(*arguments, pad_token_id=2, backend="ref")
-    assert torch.equal(engram_hash(*arguments, pad_token_id=2, backend="triton"), want)
-    strided = arguments[0].T.contiguous().T
-    got = engram_hash(strided, *arguments[1:], pad_token_id=2, backend="triton")
-    assert torch.equal(got, want)
-
-
-def test_hash_has_the_remainder_of_pytorch_for_any_integers() -> None:
-    ids = torch.randint(0, 30, (40, 3)).to(DEVICE)
-    table = torch.randint(-(2**62), 2**62, (30,)).to(DEVICE)
-    multipliers = torch.randint(-(2**62), 2**62, (3,)).to(DEVICE)
-    sizes = torch.tensor([7, -7, 2**40, -(2**40) + 1, 1, 2**62]).to(DEVICE)
-    arguments = (ids, table, multipliers, sizes, sizes * 0 + 5)
-    want = engram_hash(*arguments, pad_token_id=2, backend="ref")
-    assert torch.equal(engram_hash(*arguments, pad_token_id=2, backend="triton"), want)
-
-
-def test_ids_beyond_the_vocabulary_have_no_rows() -> None:
-    arguments = hash_arguments(5)
-    ids = arguments[0].abs()
-    ids[1, 2], ids[3, 0], ids[4, 1] = 99_092, 2**62, -1
-    rows = engram_hash(ids, *arguments[1:], pad_token_id=2, backend="triton")
-    bad = torch.zeros(5, 24, dtype=torch.bool)
-    bad[1, 8:], bad[3] = True, True
-    assert torch.equal(rows.cpu() == -1, bad)
-    others = engram_hash(ids[[0, 2, 4]], *arguments[1:], pad_token_id=2, backend="ref")
-    assert torch.equal(rows[[0, 2, 4]], others)
-
-
 def test_bad_arguments_name_value_and_rule() -> None:
     h, key, value, weight = gate_inputs(2, 3, 16)
     options = {"eps": 1e-6, "backend": "triton"}
@@ -388,14 +257,3 @@ def test_bad_arguments_name_value_and_rule() -> None:
         engram_gate(h, key, value.to("meta"), weight, **options)
     with pytest.raises(BackendUnavailable, match="backend must be one of auto, ref, triton"):
         engram_gate(h, key, value, weight, eps=1e-6, backend="cuda")
-    store, rows = quantize_rows(torch.randn(3, 64), "fp8").to(DEVICE), torch.zeros(1).long()
-    with pytest.raises(ValueError, match=f"rows must be on {h.device}, got meta"):
-        store.gather(rows.to("meta"), backend="triton")
-    with pytest.raises(ValueError, match=r"dtype must be float32, .*got torch\.int64"):
-        store.gather(rows.to(DEVICE), dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"data must have contiguous rows, got strides \(1, 64\)"):
-        gather_rows(store.data.T, None, rows.to(DEVICE), backend="triton")
-    arguments = list(hash_arguments(2))
-    arguments[3] = arguments[3].to("meta")
-    with pytest.raises(ValueError, match=f"table_sizes must be on {h.device}, got meta"):
-        engram_hash(*arguments, pad_token_id=2, backend="triton")

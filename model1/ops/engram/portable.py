@@ -36,7 +36,7 @@ class Config:
     # out like the others
     channels: int = 1024
     backward_tokens: int = 4  # a step of the second pass
-    tokens_per_sum: int = 64  # whose weight gradients one program adds up
+    tokens_per_sum: int = 32  # whose weight gradients one program adds up
     unroll: int = 2  # steps whose loads may be under way at once
     num_warps: int = 4
 
@@ -45,9 +45,9 @@ class Config:
 def _load(ptr, mask, IS_FULL: tl.constexpr, POLICY: tl.constexpr):
     """In fp32, 0 where mask is false, which is nowhere with IS_FULL."""
     if IS_FULL:
-        x = tl.load(ptr, eviction_policy=POLICY)
+        x = tl.load(ptr, eviction_policy=POLICY)  # pyright: ignore[reportArgumentType]
     else:
-        x = tl.load(ptr, mask=mask, other=0.0, eviction_policy=POLICY)
+        x = tl.load(ptr, mask=mask, other=0.0, eviction_policy=POLICY)  # pyright: ignore
     return x.to(tl.float32)
 
 
@@ -179,7 +179,7 @@ def _engram_gate_row_bwd_kernel(
     NUM_CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     IS_FULL: tl.constexpr = D % BLOCK_D == 0
     program = tl.program_id(0)
-    part, stream = program // (NUM_CHUNKS * N), program // NUM_CHUNKS % N
+    part, stream = program // (NUM_CHUNKS * N), (program // NUM_CHUNKS % N).to(tl.int64)
     channel = program % NUM_CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)[None]
     weight = _load(weight_ptr + stream * D + channel, channel < D, IS_FULL, "")
     total = tl.zeros((1, BLOCK_D), tl.float32)
@@ -253,14 +253,11 @@ def engram_gate_backward_triton(
     """See `model1.ops.engram.ref.engram_gate_backward_ref`."""
     t, n, d = h.shape
     config, device = config or Config(), h.device
-    results = tuple(
+    d_h, d_key, d_value, d_weight = (
         torch.empty(x.shape, dtype=x.dtype, device=device) for x in (h, key, value, norm_weight)
     )
     if h.numel() == 0:
-        for result in results:
-            result.zero_()
-        return results
-    d_h, d_key, d_value, d_weight = results
+        return d_h, d_key, d_value.zero_(), d_weight.zero_()
     num_parts = -(-t // config.tokens_per_sum)
     factors = torch.empty((3, t, n), dtype=torch.float32, device=device)
     partial = torch.empty((num_parts, n, d), dtype=torch.float32, device=device)
@@ -283,7 +280,7 @@ def engram_gate_backward_triton(
         kernels[2][(-(-n * d // weight["BLOCK"]),)](
             partial, d_weight, num_parts, n * d, **weight, **common
         )
-    return results
+    return d_h, d_key, d_value, d_weight
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -291,20 +288,20 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward_sizes(n: int, d: int, config: Config) -> dict[str, int]:
+def _forward_sizes(n: int, d: int, config: Config) -> dict[str, Any]:
     block_n, whole = triton.next_power_of_2(n), triton.next_power_of_2(d)
     blocks = {"BLOCK_D": min(whole, max(64, config.score_elements // block_n))}
     blocks |= {"BLOCK_N": block_n, "BLOCK_OUT": min(whole, config.channels)}
     return {"N": n, "D": d, **blocks, "UNROLL": config.unroll}
 
 
-def _backward_sizes(n: int, d: int, config: Config) -> tuple[dict[str, int], ...]:
+def _backward_sizes(n: int, d: int, config: Config) -> tuple[dict[str, Any], ...]:
     """Of the pass to the score, of that to h and key, and of the weight's sum."""
     block_d = min(config.channels, triton.next_power_of_2(d))
     common = {"N": n, "D": d, "BLOCK_D": block_d}
     score = {"BLOCK_N": triton.next_power_of_2(n), "UNROLL": config.unroll}
     rows = {"TOKENS": config.tokens_per_sum, "BLOCK_T": config.backward_tokens}
-    return common | score, common | rows, {"BLOCK_P": 16, "BLOCK": 64}
+    return common | score, common | rows, {"BLOCK_P": 64, "BLOCK": 32}
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:

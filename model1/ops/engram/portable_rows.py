@@ -2,11 +2,13 @@
 
 Both are bound by memory. A program gathers a block of rows, whatever their order in the table.
 """
-# Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# Kernel parameters are pointers and run-time numbers, which have no Python type; loops over
+# tl.static_range exist only while a kernel is compiled.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,17 +208,17 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     names = ("ids_ptr", "table_ptr", "multipliers_ptr", "sizes_ptr", "offsets_ptr", "rows_ptr")
     numbers = dict.fromkeys(("num_tokens", "vocab_size", "pad_token_id"), "i32")
     constants = _hash_sizes(4, 24, config) | {"stride_ids_t": 4, "stride_ids_n": 1}
-    signature = dict.fromkeys(names, "*i64") | numbers
+    signature = {**dict.fromkeys(names, "*i64"), **numbers}
     return [*cases, _case("hash", _engram_hash_fwd_kernel, signature, constants)]
 
 
 def _case(
-    name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any]
+    name: str, kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any]
 ) -> CompileCase:
     return CompileCase(
         name=f"engram_{name}",
         kernel=kernel,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
+        signature={**signature, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
         num_warps=Config().num_warps,
         num_stages=1,
