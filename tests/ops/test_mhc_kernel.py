@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -25,27 +26,31 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIONS: dict[str, Any] = {"iters": 4, "eps": 1e-6, "norm_eps": 1e-6}
+OPTIONS: dict[str, Any] = {"iters": 3, "eps": 1e-6, "norm_eps": 1e-6}
 NAMES = ("x", "phi", "scale", "bias", "y")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [  # t, n, c, dtype
     (1, 4, 64, BF16),
-    (5, 4, 192, BF16),
-    (3, 4, 64, FP32),
-    (2, 4, 64, FP16),
-    (3, 2, 192, BF16),
-    (2, 2, 64, FP32),
+    (3, 4, 192, BF16),
+    (2, 4, 64, FP32),
+    (3, 2, 64, FP16),
     (1, 8, 64, BF16),
-    (3, 3, 40, FP32),
+    (2, 3, 40, FP32),
 ]
 GPU_SHAPES = [
-    (t, n, c, dtype)
-    for t, n, c in (
-        (1, 4, 4096), (17, 4, 7168), (513, 4, 4096), (1100, 4, 64), (700, 2, 1024), (65, 8, 1536),
-        (515, 8, 64), (129, 3, 200), (33, 1, 128),
-    )
-    for dtype in (BF16, FP16, FP32)
-]  # fmt: skip
+    (1, 4, 4096, BF16),
+    (17, 4, 7168, BF16),
+    (513, 4, 4096, BF16),
+    (1100, 4, 64, BF16),
+    (700, 2, 1024, BF16),
+    (515, 8, 1536, BF16),
+    (129, 3, 200, BF16),
+    (33, 1, 128, BF16),
+    (300, 4, 1536, FP16),
+    (65, 8, 64, FP16),
+    (300, 4, 1536, FP32),
+    (65, 8, 200, FP32),
+]
 
 
 def make_inputs(t: int, n: int, c: int, dtype: torch.dtype = FP32) -> dict[str, Tensor]:
@@ -98,8 +103,10 @@ def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None
             out, base, want = out[None], base[None], want[None]
         # the coefficients are near fp32 whatever the streams are; so is all that is fp32
         base = want if is_coefficient or dtype == FP32 else base
+        # terms of a row of phi's gradient may cancel: fp32 rounds them at their own size
+        noise = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
         try:
-            assert_close_rows(out.detach(), base.detach(), want.detach())
+            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=noise)
         except AssertionError as error:
             raise AssertionError(f"{name} of {shape}") from error
 
@@ -118,6 +125,20 @@ def test_results_and_gradients_follow_the_formula_on_a_gpu(
     shape: tuple[int, int, int, torch.dtype],
 ) -> None:
     assert_follows_the_formula(shape)
+
+
+def test_numbers_beyond_32_bits() -> None:
+    """Streams and tokens 2^30 numbers and more apart; nothing else is touched of the memory."""
+    stride = 2**30 + 8
+    size = 5 * stride
+    if DEVICE == "cpu":
+        flat = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=BF16)
+    else:
+        flat = torch.zeros(size, dtype=BF16, device=DEVICE)
+    inputs = make_inputs(2, 3, 32, BF16)
+    far = flat.as_strided((2, 3, 32), (stride + 64, stride, 1)).copy_(inputs["x"])
+    got = with_gradients(inputs | {"x": far}, "triton")
+    assert all(map(torch.equal, got, with_gradients(inputs, "triton")))
 
 
 @pytest.mark.gpu
@@ -147,8 +168,9 @@ def test_the_order_of_tokens_does_not_matter() -> None:
         assert torch.equal(a, b[order])
 
 
+@pytest.mark.gpu
 def test_repeated_calls_have_the_same_bits() -> None:
-    inputs = make_inputs(3, 2, 64, BF16)
+    inputs = make_inputs(3000, 4, 1024, BF16)
     first, second = with_gradients(inputs, "triton"), with_gradients(inputs, "triton")
     assert all(map(torch.equal, first, second))
 
@@ -173,25 +195,23 @@ def test_streams_and_arguments_may_lie_anywhere() -> None:
     # channels that are no neighbours, streams apart, and the one stream that a model starts with
     apart = torch.full((2, 5, 72), math.nan, dtype=BF16, device=DEVICE)[:, ::2][:, :2, :64]
     single = inputs["x"][:, :1].expand(-1, 2, -1)
-    pairs = [
-        (far, inputs),
-        (inputs | {"x": apart.copy_(inputs["x"])}, inputs),
-        (inputs | {"x": single}, inputs | {"x": single.contiguous()}),
-    ]
-    for strange, plain in pairs:
-        got, want = with_gradients(strange, "triton"), with_gradients(plain, "triton")
-        assert all(map(torch.equal, got, want))
+    want = with_gradients(inputs, "triton")
+    for strange in (far, inputs | {"x": apart.copy_(inputs["x"])}):
+        assert all(map(torch.equal, with_gradients(strange, "triton"), want))
+    got = sublayer(inputs | {"x": single}, "triton")
+    want = sublayer(inputs | {"x": single.contiguous()}, "triton")
+    assert all(map(torch.equal, got, want))
 
 
 def test_the_operators_describe_themselves_to_pytorch() -> None:
-    inputs = make_inputs(1, 2, 64)
+    inputs = make_inputs(1, 1, 64)
     x, phi, scale, bias, y = (inputs[name].requires_grad_() for name in NAMES)
     weights = mhc_coefficients(x, phi, scale, bias, **OPTIONS, backend="ref")
     pre, post, comb = (w.detach().requires_grad_() for w in weights)
     ops = torch.ops.model1
     for backend in ("triton", "ref"):
         for op, arguments in (
-            (ops.mhc_coefficients, (x, phi, scale, bias, *OPTIONS.values())),
+            (ops.mhc_coefficients, (x, phi, scale, bias, 1, 1e-6, 1e-6)),
             (ops.mhc_collapse, (x, pre)),
             (ops.mhc_write_back, (x, y, post, comb)),
         ):
@@ -219,7 +239,7 @@ def test_gradients_of_the_reference_operators_are_those_of_autograd() -> None:
 
 
 def test_one_graph_under_torch_compile() -> None:
-    inputs = make_inputs(1, 2, 64)
+    inputs = make_inputs(1, 1, 64)
 
     def step(**tensors: Tensor) -> Tensor:
         parts = sublayer({name: 2 * x for name, x in tensors.items()}, "triton")

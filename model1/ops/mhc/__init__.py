@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from model1.ops.backend import calls_ref_directly
-from model1.ops.mhc.checks import check_coefficients, check_collapse, check_write_back
+from model1.ops.mhc.checks import (
+    check_coefficients,
+    check_collapse,
+    check_sizes,
+    check_write_back,
+)
 from model1.ops.mhc.dispatch import COEFFICIENTS, COLLAPSE, WRITE_BACK
 from model1.ops.mhc.ref import (
     mhc_coefficients_ref,
@@ -61,9 +66,11 @@ def mhc_coefficients(
     BackendUnavailable for a backend that cannot run here. triton takes up to 8 streams in bf16,
     fp16 or fp32, wherever they and the tokens lie; the last bits of a token depend on t.
     """
-    check_coefficients(x, phi, scale, bias, iters)
+    check_sizes(x, phi, scale, bias)
     name = COEFFICIENTS.resolve(backend, x.device)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    if not calls_ref_directly(name):
+        check_coefficients(x, phi, scale, bias, iters)
     if name == "ref":
         return MhcCoefficients(*mhc_coefficients_ref(x, phi, scale, bias, **options))
     run = torch.ops.model1.mhc_coefficients
@@ -90,9 +97,9 @@ def mhc_collapse(x: Tensor, pre: Tensor, *, backend: str = "auto") -> Tensor:
     if calls_ref_directly(name):
         return mhc_collapse_ref(x, pre)
     check_collapse(x, pre)
-    return (
-        mhc_collapse_ref(x, pre) if name == "ref" else torch.ops.model1.mhc_collapse(x, pre, name)
-    )
+    if name == "ref":
+        return mhc_collapse_ref(x, pre)
+    return torch.ops.model1.mhc_collapse(x, pre, name)
 
 
 def mhc_write_back(

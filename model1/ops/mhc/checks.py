@@ -9,9 +9,10 @@ from model1.errors import BackendUnavailable
 MAX_KERNEL_STREAMS = 8  # a token's matrix and its sums lie in registers
 
 
-def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int) -> None:
-    """Raise ValueError for the first argument of `mhc_coefficients` that breaks the contract."""
-    _check_streams(x)
+def check_sizes(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """Raise ValueError for parameters of `mhc_coefficients` that do not fit the streams."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be [t, n, c], got {list(x.shape)}")
     _, n, c = x.shape
     width = n * n + 2 * n
     if phi.shape != (width, n * c):
@@ -19,6 +20,11 @@ def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iter
     if scale.shape != (width,) or bias.shape != (width,):
         got = f"{list(scale.shape)} and {list(bias.shape)}"
         raise ValueError(f"scale and bias must be [{width}], got {got}")
+
+
+def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int) -> None:
+    """The same for what else breaks the contract, which costs a step on the CPU too much to ask."""
+    _check_streams(x)
     if iters < 1:
         raise ValueError(f"iters must be at least 1, got {iters}")
     for name, tensor in (("phi", phi), ("scale", scale), ("bias", bias)):
@@ -26,7 +32,7 @@ def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iter
 
 
 def check_collapse(x: Tensor, pre: Tensor) -> None:
-    """The same for `mhc_collapse`."""
+    """Raise ValueError for the first argument of `mhc_collapse` that breaks the contract."""
     _check_streams(x)
     _check_weights("pre", pre, x, x.shape[:2])
 

@@ -43,8 +43,9 @@ def _numbers(ptr, FIRST: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr):
 def _streams(ptr, stride, offset, mask, N: tl.constexpr):
     """The same channels of every stream, in fp32."""
     values = ()
-    for i in tl.static_range(N):
-        values += (tl.load(ptr + i * stride + offset, mask=mask, other=0.0).to(tl.float32),)
+    for _ in tl.static_range(N):
+        values += (tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32),)
+        ptr += stride  # a multiple of it may not fit 32 bits
     return values
 
 
@@ -146,10 +147,10 @@ def _write_back_bwd_kernel(
         d_y = round_to(_weighted_sum(grad, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
         tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
         new = _add_products(sums[:N], y, grad, RUN, N)
+        row = x_ptr + token * stride_x_t
         for j in tl.static_range(N):
-            x = tl.load(
-                x_ptr + token * stride_x_t + j * stride_x_n + channel, mask=inside, other=0.0
-            ).to(tl.float32)
+            x = tl.load(row + channel, mask=inside, other=0.0).to(tl.float32)
+            row += stride_x_n
             new += _add_products(sums[N + j * N : 2 * N + j * N], x, grad, RUN, N)
             weights = _numbers(comb_ptr + token * (N * N), j * N, 1, N)
             d_x = _weighted_sum(grad, weights, N)
