@@ -33,6 +33,7 @@ from model1.ops.kv_write import norm_rope_store
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
+from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
 from model1.ops.paged_decode import paged_decode
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
@@ -280,6 +281,27 @@ def _inverse_rope_gate_backward(seed: int) -> Call:
     )
 
 
+def _mhc_tensors(seed: int) -> dict[str, Tensor]:
+    _seed(seed)
+    t, n, c = 5, 4, 4096 if BIG else 64
+    tensors = {
+        "x": torch.randn(t, n, c).to(DTYPE), "phi": torch.randn(24, n * c) * (n * c) ** -0.5,
+        "scale": torch.rand(24), "bias": torch.randn(24), "y": torch.randn(t, c).to(DTYPE),
+        "post": torch.rand(t, n), "comb": torch.rand(t, n, n),
+    }  # fmt: skip
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+def _mhc(function: Callable[..., Any], names: str, **options: Any) -> Callable[[int], Call]:
+    def build(seed: int) -> Call:
+        tensors = _mhc_tensors(seed)
+        tensors |= {"pre": tensors["post"]}
+        arguments = {name: tensors[name] for name in names.split()}
+        return _call(function, arguments | options, *names.split())
+
+    return build
+
+
 CALLS: dict[str, Callable[[int], Call]] = {
     "sparse_decode": _sparse_decode,
     "sparse_decode deterministic": lambda seed: _sparse_decode(seed, deterministic=True),
@@ -297,4 +319,9 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "gather": _gather,
     "inverse_rope_gate": _inverse_rope_gate,
     "inverse_rope_gate_backward": _inverse_rope_gate_backward,
+    "mhc_coefficients": _mhc(
+        mhc_coefficients, "x phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
+    ),
+    "mhc_collapse": _mhc(mhc_collapse, "x pre"),
+    "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
 }  # fmt: skip

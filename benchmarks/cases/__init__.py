@@ -12,6 +12,7 @@ from benchmarks.cases import (
     dense_decode,
     kv_write,
     mha_prefill,
+    mhc,
     selector,
     sparse_decode,
     sparse_prefill,
@@ -24,6 +25,7 @@ MODULES: tuple[ModuleType, ...] = (
     dense_decode,
     kv_write,
     mha_prefill,
+    mhc,
     selector,
 )
 

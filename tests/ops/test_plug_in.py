@@ -37,6 +37,7 @@ from model1.ops.kv_write import norm_rope_store
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
+from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
 from model1.ops.selector import lowrank_topk
@@ -190,9 +191,23 @@ def attended_in_part(backend: str, device: str) -> list[Tensor]:
     return results
 
 
+def mixed(backend: str, device: str) -> list[Tensor]:
+    """Hyper-connections of a sublayer, forward and backward."""
+    shapes = (5, 4, 24), (24, 96), (24,), (24,), (5, 24)
+    x, phi, scale, bias, y = (random(*s, device=device).requires_grad_() for s in shapes)
+    options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
+    weights = mhc_coefficients(x, phi, scale, bias, **options)
+    collapsed = mhc_collapse(x, weights.pre, backend=backend)
+    written = mhc_write_back(x, y, weights.post, weights.comb, backend=backend)
+    grads = [random(*result.shape, device=device) for result in (collapsed, written)]
+    leaves = [x, phi, scale, bias, y]
+    return [*weights, collapsed, written, *torch.autograd.grad([collapsed, written], leaves, grads)]
+
+
+MHC = [f"mhc_{x}{y}" for x in ("coefficients", "collapse", "write_back") for y in ("", "_backward")]
 # What the operators' own tests check only of kernels: gradients, quantised stores, long calls. The
 # other operators are tested by those alone.
-CASES: dict[str, Case] = {
+CASES: dict[str, Case] = dict.fromkeys(MHC, mixed) | {
     "inverse_rope_gate": gated,
     "inverse_rope_gate_backward": gated,
     "lowrank_attention": attended_in_part,

@@ -10,8 +10,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from model1.ops.backend import calls_ref_directly
+from model1.ops.mhc.checks import (
+    check_coefficients,
+    check_collapse,
+    check_sizes,
+    check_write_back,
+)
+from model1.ops.mhc.dispatch import COEFFICIENTS, COLLAPSE, WRITE_BACK
 from model1.ops.mhc.ref import (
     mhc_coefficients_ref,
     mhc_collapse_ref,
@@ -43,23 +52,29 @@ def sinkhorn(logits: Tensor, *, iters: int, eps: float) -> Tensor:
 
 
 def mhc_coefficients(
-    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *, iters: int, eps: float, norm_eps: float
-) -> MhcCoefficients:
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
+    iters: int, eps: float, norm_eps: float, backend: str = "auto",
+) -> MhcCoefficients:  # fmt: skip
     """Coefficients of one sublayer from the streams x [t, n, c].
 
     z = scale * (phi flat(x)) / rms(flat(x)) + bias; pre = sigmoid + eps; post = 2 sigmoid;
     comb = sinkhorn(z). phi: [n*n + 2n, n*c]; scale: [n*n + 2n], the learned alpha of each column's
-    group; bias: [n*n + 2n].
+    group; bias: [n*n + 2n]. Any floating dtypes; computed in fp32.
+
+    t = 0 is allowed, a NaN spoils its token alone, gradients are the same bits every time.
+    Differentiable in all four; with kernels once. Raises ValueError for shapes and devices,
+    BackendUnavailable for a backend that cannot run here. triton takes up to 8 streams in bf16,
+    fp16 or fp32, wherever they and the tokens lie; the last bits of a token depend on t.
     """
-    _, n, c = x.shape
-    width = n * n + 2 * n
-    if phi.shape != (width, n * c):
-        raise ValueError(f"phi must be [{width}, {n * c}], got {list(phi.shape)}")
-    if scale.shape != (width,) or bias.shape != (width,):
-        raise ValueError(f"scale and bias must be [{width}]")
-    return MhcCoefficients(
-        *mhc_coefficients_ref(x, phi, scale, bias, iters=iters, eps=eps, norm_eps=norm_eps)
-    )
+    check_sizes(x, phi, scale, bias)
+    name = COEFFICIENTS.resolve(backend, x.device)
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    if not calls_ref_directly(name):
+        check_coefficients(x, phi, scale, bias, iters)
+    if name == "ref":
+        return MhcCoefficients(*mhc_coefficients_ref(x, phi, scale, bias, **options))
+    run = torch.ops.model1.mhc_coefficients
+    return MhcCoefficients(*run(x, phi, scale, bias, iters, eps, norm_eps, name)[:3])
 
 
 def mhc_head(
@@ -72,11 +87,32 @@ def mhc_head(
     return mhc_head_ref(x, phi, scale, bias, eps=eps, norm_eps=norm_eps)
 
 
-def mhc_collapse(x: Tensor, pre: Tensor) -> Tensor:
-    """sum_i pre_i x_i: streams [t, n, c] and weights [t, n] to [t, c]."""
-    return mhc_collapse_ref(x, pre)
+def mhc_collapse(x: Tensor, pre: Tensor, *, backend: str = "auto") -> Tensor:
+    """sum_i pre_i x_i: streams [t, n, c] and weights [t, n] to [t, c], in the dtype of x.
+
+    Kernels compute in fp32 and round once; the reference rounds pre to the dtype of x first.
+    Backends, errors and the rest as in `mhc_coefficients`.
+    """
+    name = COLLAPSE.resolve(backend, x.device)
+    if calls_ref_directly(name):
+        return mhc_collapse_ref(x, pre)
+    check_collapse(x, pre)
+    if name == "ref":
+        return mhc_collapse_ref(x, pre)
+    return torch.ops.model1.mhc_collapse(x, pre, name)
 
 
-def mhc_write_back(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """x'_k = post_k y + sum_j comb[j, k] x_j: [t, n, c] from x [t, n, c] and y [t, c]."""
-    return mhc_write_back_ref(x, y, post, comb)
+def mhc_write_back(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """x'_k = post_k y + sum_j comb[j, k] x_j: [t, n, c] from x [t, n, c] and y [t, c].
+
+    post: [t, n]; comb: [t, n, n]. Rounding, backends, errors and the rest as in `mhc_collapse`.
+    """
+    name = WRITE_BACK.resolve(backend, x.device)
+    if calls_ref_directly(name):
+        return mhc_write_back_ref(x, y, post, comb)
+    check_write_back(x, y, post, comb)
+    if name == "ref":
+        return mhc_write_back_ref(x, y, post, comb)
+    return torch.ops.model1.mhc_write_back(x, y, post, comb, name)

@@ -58,6 +58,46 @@ def mhc_coefficients_ref(
     return pre, post, sinkhorn_ref(comb.view(-1, n, n), iters=iters, eps=eps)
 
 
+def mhc_coefficients_backward_ref(
+    d_pre: Tensor, d_post: Tensor, d_comb: Tensor,
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, saved: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, phi, scale and bias.
+
+    saved: what a backend's forward returned behind the coefficients, here nothing.
+    """
+    n = x.shape[1]
+    flat, weight, factor = x.flatten(1).float(), phi.float(), scale.float()
+    rstd = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
+    z = F.linear(flat, weight) * rstd
+    logits = torch.addcmul(bias.float(), z, factor)
+    weights = torch.sigmoid(logits[:, : 2 * n])
+    d_weights = torch.cat([d_pre, 2.0 * d_post], dim=-1) * weights * (1.0 - weights)
+    d_comb = _sinkhorn_backward(d_comb, logits[:, 2 * n :].view(-1, n, n), iters, eps)
+    d_logits = torch.cat([d_weights, d_comb.flatten(1)], dim=-1)
+    d_product = d_logits * factor * rstd
+    along = (d_product * z).sum(dim=-1, keepdim=True) * rstd / flat.shape[1]
+    d_x = (d_product @ weight - along * flat).view(x.shape)
+    d_scale, d_bias = (d_logits * z).sum(dim=0), d_logits.sum(dim=0)
+    d_phi = d_product.mT @ flat
+    return d_x.type_as(x), d_phi.type_as(phi), d_scale.type_as(scale), d_bias.type_as(bias)
+
+
+def _sinkhorn_backward(grad: Tensor, logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Gradient of the logits from that of `sinkhorn_ref`'s result."""
+    softmax = torch.softmax(logits, dim=-1)
+    comb, steps = softmax + eps, []
+    for i in range(2 * iters - 1):
+        dim = -1 if i % 2 else -2
+        total = comb.sum(dim=dim, keepdim=True) + eps
+        comb = comb / total
+        steps.append((dim, total, comb))
+    for dim, total, comb in reversed(steps):
+        grad = (grad - (grad * comb).sum(dim=dim, keepdim=True)) / total
+    return softmax * (grad - (grad * softmax).sum(dim=-1, keepdim=True))
+
+
 def mhc_head_ref(
     x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *, eps: float, norm_eps: float
 ) -> Tensor:
@@ -81,6 +121,13 @@ def mhc_collapse_ref(x: Tensor, pre: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * x).sum(dim=1)
 
 
+def mhc_collapse_backward_ref(grad: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and pre."""
+    wide = grad.float().unsqueeze(1)
+    d_x, d_pre = pre.float().unsqueeze(-1) * wide, (wide * x.float()).sum(dim=-1)
+    return d_x.type_as(x), d_pre.type_as(pre)
+
+
 def mhc_write_back_ref(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """See `model1.ops.mhc.mhc_write_back`."""
     out = post.type_as(x).unsqueeze(-1) * y.unsqueeze(1)
@@ -91,3 +138,14 @@ def mhc_write_back_ref(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tens
     for j in range(x.shape[1]):
         out = torch.addcmul(out, weights[:, j], x[:, j].unsqueeze(1))
     return out
+
+
+def mhc_write_back_backward_ref(
+    grad: Tensor, x: Tensor, y: Tensor, post: Tensor, comb: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, y, post and comb."""
+    wide = grad.float()
+    d_x, d_comb = comb.float() @ wide, x.float() @ wide.mT
+    d_y = (post.float().unsqueeze(1) @ wide).squeeze(1)
+    d_post = (wide @ y.float().unsqueeze(-1)).squeeze(-1)
+    return d_x.type_as(x), d_y.type_as(y), d_post.type_as(post), d_comb.type_as(comb)
