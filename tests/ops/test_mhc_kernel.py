@@ -130,7 +130,7 @@ def test_results_and_gradients_follow_the_formula_on_a_gpu(
 def test_numbers_beyond_32_bits() -> None:
     """Streams and tokens 2^30 numbers and more apart; nothing else is touched of the memory."""
     stride = 2**30 + 8
-    size = 5 * stride
+    size = 3 * stride + 128
     if DEVICE == "cpu":
         flat = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=BF16)
     else:
@@ -138,7 +138,9 @@ def test_numbers_beyond_32_bits() -> None:
     inputs = make_inputs(2, 3, 32, BF16)
     far = flat.as_strided((2, 3, 32), (stride + 64, stride, 1)).copy_(inputs["x"])
     got = with_gradients(inputs | {"x": far}, "triton")
-    assert all(map(torch.equal, got, with_gradients(inputs, "triton")))
+    # not to the bit: strides that are no multiples of 16 give a GPU another order of the sums
+    for x, y in zip(got, with_gradients(inputs, "triton"), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2 if x.dtype == BF16 else 1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

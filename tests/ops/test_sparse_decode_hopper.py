@@ -267,9 +267,8 @@ def test_gluon_is_supported_in_triton_3_6(
         (MODEL1, 512, 32, 640, False),
         (MODEL1, 512, 96, 640, False),
         (MODEL1, 512, 64, 639, False),
-        (MODEL1, 512, 64, 16385, False),
-        (V32, 64, 128, 2048, True),
-        (V32, 64, 128, 2047, False),
+        (MODEL1, 512, 64, 1153, False),
+        (V32, 64, 128, 1152, False),
     ],
 )
 def test_it_wins_where_there_are_many_rows_and_heads(

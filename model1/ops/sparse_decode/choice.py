@@ -14,12 +14,13 @@ V32 = KVLayout("v32_fp8", d_nope=512, d_rope=64)
 _VALUE_DIM = 512
 _HEADS = 64  # of a program
 
-# Where it was seen to win, on an H200, 2026-12-01: 64 and 128 heads, 128 and more programs of 64
-# heads, lists of 640, 1,152 and 16,384 slots, V3.2 of 2,048 and 16,384. With 4 to 8 programs it
-# took 0.96 to 1.5 of the portable kernel's time; what lies between was not measured.
+# Where it was seen to win, on an H200, 2026-12-01: lists of 640 and 1,152 slots, 64 and 128 heads,
+# 128 and more programs of 64 heads, in 0.57 to 0.84 of the portable kernel's time. With 4 to 8
+# programs it took 1.1 to 1.8 of it; what lies between, and V3.2's rows but for batch 2 (1.2), was
+# not measured.
 _MIN_PROGRAMS = 128
 _HEAD_COUNTS = (64, 128)
-_ENTRIES = {MODEL1: range(640, 16385), V32: range(2048, 16385)}
+_ENTRIES = range(640, 1153)
 
 
 def hopper_call_refusal(
@@ -41,7 +42,8 @@ def hopper_call_refusal(
 def hopper_wins(layout: KVLayout, rows: int, h: int, entries: int) -> bool:
     """Whether it is the faster kernel for `rows` queries of h heads over lists of `entries`."""
     programs = rows * -(-h // _HEADS)
-    return programs >= _MIN_PROGRAMS and h in _HEAD_COUNTS and entries in _ENTRIES[layout]
+    is_wide = programs >= _MIN_PROGRAMS and h in _HEAD_COUNTS
+    return layout == MODEL1 and is_wide and entries in _ENTRIES
 
 
 def choose_backend(
