@@ -307,7 +307,7 @@ def _engram_gate_backward(seed: int) -> Call:
 
 
 def _engram_gather(seed: int) -> Call:
-    """Rows of every kind, all of them in their tables: others are NaN, which no check is equal to."""
+    """Rows of every kind, all of their tables: others are NaN, which nothing is equal to."""
     _seed(seed)
     stores = [quantize_rows(torch.randn(20, 256), kind) for kind in ("bf16", "fp8", "fp4")]
     rows = torch.randint(20, (3, 7))
