@@ -157,6 +157,24 @@ def test_the_rounds_of_a_model_with_many_tokens() -> None:
             assert_close_rows(x, y, y)
 
 
+def test_without_eps_tokens_that_do_not_exist_spoil_no_gradient() -> None:
+    inputs = make_inputs(3, 4, 64)
+    tensors = [inputs[name].requires_grad_() for name in NAMES[:4]]
+    parts = mhc_coefficients(*tensors, **(OPTIONS | {"eps": 0.0}), backend="triton")
+    grads = torch.autograd.grad(sum(part.square().sum() for part in parts), tensors)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_auto_is_the_reference_for_streams_that_no_kernel_takes() -> None:
+    inputs = make_inputs(2, 9, 64)
+    assert torch.equal(
+        mhc_collapse(inputs["x"], inputs["x"][:, :, 0]),
+        mhc_collapse(inputs["x"], inputs["x"][:, :, 0], backend="ref"),
+    )
+    with pytest.raises(BackendUnavailable, match="at most 8 streams"):
+        mhc_collapse(inputs["x"], inputs["x"][:, :, 0], backend="triton")
+
+
 def test_no_tokens() -> None:
     results = with_gradients(make_inputs(0, 4, 64, BF16), "triton")
     assert [list(x.shape) for x in results[:5]] == [[0, 4], [0, 4], [0, 4, 4], [0, 64], [0, 4, 64]]

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model1.ops.compile_cases import KernelTarget
 from model1.ops.hopper.overlap import release_successor
-from model1.ops.launch import launch_options
+from model1.ops.launch import device_target, launch_options
 
 ITEM_FIELDS = 8
 _FIELDS = tl.constexpr(ITEM_FIELDS)
@@ -209,11 +210,16 @@ def _split_items_kernel(
         tl.store(spans_ptr + 2 * index + 1, end, mask=is_row)
 
 
+def _overlaps(device: torch.device) -> bool:
+    """Whether the kernel that reads the list starts before this one has ended: sm_90 can."""
+    return device.type == "cuda" and device_target(device) == KernelTarget("cuda", 90)
+
+
 def whole_items(lists: Lists, num_programs: int) -> Tensor:
     """[num_programs, entries, ITEM_FIELDS] int32, every row in one item."""
     entries = -(-lists.rows // num_programs) + 2
     items = torch.empty(num_programs, entries, ITEM_FIELDS, dtype=torch.int32, device=lists.device)
-    overlaps: Any = lists.device.type == "cuda"
+    overlaps: Any = _overlaps(lists.device)
     is_sorted: Any = lists.has_length and lists.b <= _MAX_SORTED
     _whole_items_kernel[(triton.cdiv(lists.b, _STEP.value),)](
         items, lists.length, lists.extra_length, items.stride(0), lists.b, lists.s_q, lists.topk,
@@ -248,7 +254,7 @@ def split_items(lists: Lists, num_programs: int, rounds: int) -> Split:
     items = torch.empty(num_programs, entries, ITEM_FIELDS, **sizes)
     bounds = torch.empty(num_programs + 1, **sizes)
     spans = torch.empty(num_rows, 2, **sizes)
-    overlaps: Any = lists.device.type == "cuda"
+    overlaps: Any = _overlaps(lists.device)
     _split_items_kernel[(num_programs,)](
         items, bounds, spans, lists.length, lists.extra_length, items.stride(0), lists.b,
         lists.s_q, lists.topk, lists.extra_topk, num_programs, rounds,

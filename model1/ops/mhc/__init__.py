@@ -19,6 +19,7 @@ from model1.ops.mhc.checks import (
     check_collapse,
     check_sizes,
     check_write_back,
+    usable,
 )
 from model1.ops.mhc.dispatch import COEFFICIENTS, COLLAPSE, WRITE_BACK
 from model1.ops.mhc.ref import (
@@ -64,13 +65,15 @@ def mhc_coefficients(
     t = 0 is allowed, a NaN spoils its token alone, gradients are the same bits every time.
     Differentiable in all four; with kernels once. Raises ValueError for shapes and devices,
     BackendUnavailable for a backend that cannot run here. triton takes up to 8 streams in bf16,
-    fp16 or fp32, wherever they and the tokens lie; the last bits of a token depend on t.
+    fp16 or fp32, wherever they and the tokens lie, "auto" the reference for others; a token's last
+    bits depend on t and on how far streams and tokens are apart. On a CPU, where no gradient is
+    recorded, dtypes are not looked at.
     """
-    check_sizes(x, phi, scale, bias)
-    name = COEFFICIENTS.resolve(backend, x.device)
+    check_sizes(x, phi, scale, bias, iters)
+    name = COEFFICIENTS.resolve(usable(backend, x), x.device)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     if not calls_ref_directly(name):
-        check_coefficients(x, phi, scale, bias, iters)
+        check_coefficients(x, phi, scale, bias)
     if name == "ref":
         return MhcCoefficients(*mhc_coefficients_ref(x, phi, scale, bias, **options))
     run = torch.ops.model1.mhc_coefficients
@@ -93,7 +96,7 @@ def mhc_collapse(x: Tensor, pre: Tensor, *, backend: str = "auto") -> Tensor:
     Kernels compute in fp32 and round once; the reference rounds pre to the dtype of x first.
     Backends, errors and the rest as in `mhc_coefficients`.
     """
-    name = COLLAPSE.resolve(backend, x.device)
+    name = COLLAPSE.resolve(usable(backend, x), x.device)
     if calls_ref_directly(name):
         return mhc_collapse_ref(x, pre)
     check_collapse(x, pre)
@@ -109,7 +112,7 @@ def mhc_write_back(
 
     post: [t, n]; comb: [t, n, n]. Rounding, backends, errors and the rest as in `mhc_collapse`.
     """
-    name = WRITE_BACK.resolve(backend, x.device)
+    name = WRITE_BACK.resolve(usable(backend, x), x.device)
     if calls_ref_directly(name):
         return mhc_write_back_ref(x, y, post, comb)
     check_write_back(x, y, post, comb)

@@ -7,9 +7,18 @@ from torch import Tensor, bfloat16, float16, float32
 from model1.errors import BackendUnavailable
 
 MAX_KERNEL_STREAMS = 8  # a token's matrix and its sums lie in registers
+_KERNEL_DTYPES = (bfloat16, float16, float32)
 
 
-def check_sizes(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
+def usable(backend: str, x: Tensor) -> str:
+    """`backend`, or "ref" for "auto" where a GPU's kernels do not take such streams."""
+    if backend != "auto" or not x.is_cuda or x.dim() != 3:
+        return backend
+    takes = x.dtype in _KERNEL_DTYPES and x.shape[1] <= MAX_KERNEL_STREAMS
+    return backend if takes else "ref"
+
+
+def check_sizes(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int) -> None:
     """Raise ValueError for parameters of `mhc_coefficients` that do not fit the streams."""
     if x.dim() != 3:
         raise ValueError(f"x must be [t, n, c], got {list(x.shape)}")
@@ -20,13 +29,13 @@ def check_sizes(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
     if scale.shape != (width,) or bias.shape != (width,):
         got = f"{list(scale.shape)} and {list(bias.shape)}"
         raise ValueError(f"scale and bias must be [{width}], got {got}")
-
-
-def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int) -> None:
-    """The same for what else breaks the contract, which costs a step on the CPU too much to ask."""
-    _check_streams(x)
     if iters < 1:
         raise ValueError(f"iters must be at least 1, got {iters}")
+
+
+def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """The same for what else breaks the contract, which costs a step on the CPU too much to ask."""
+    _check_streams(x)
     for name, tensor in (("phi", phi), ("scale", scale), ("bias", bias)):
         _check_device(name, tensor, x)
 
@@ -48,7 +57,7 @@ def check_write_back(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> None:
 
 def check_kernel_streams(x: Tensor) -> None:
     """Raise for streams that the Triton kernels do not take."""
-    if x.dtype not in (bfloat16, float16, float32):
+    if x.dtype not in _KERNEL_DTYPES:
         raise ValueError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
     if x.shape[1] > MAX_KERNEL_STREAMS:
         rule = f"takes at most {MAX_KERNEL_STREAMS} streams, got {x.shape[1]}"

@@ -94,6 +94,8 @@ def _coefficients_bwd_kernel(
     before = tl.load(rounds, mask=is_matrix, other=0.0)
     grad = normalised_bwd(grad, comb, before, is_entry, eps, 1)
     grad = softmax * (grad - tl.sum(grad * softmax, axis=2, keep_dims=True))
+    # where there is no token an eps of 0 gives NaN, which the sums over tokens must not meet
+    grad = tl.where(is_matrix, grad, 0.0)
 
     at = tl.program_id(0) * WIDTH + 2 * N + entry
     tl.store(d_bias_ptr + at, tl.sum(grad, axis=0)[None], mask=is_entry)

@@ -25,7 +25,7 @@ from model1.ops.mhc.portable import SHIPPED, compile_case, with_adjacent_channel
 from model1.ops.rounding import round_to
 
 LOAD_BYTES = 16  # of one thread's load; backward sums stay in its thread that far
-# Not yet measured. More streams leave a thread fewer registers for each.
+# Not measured against others. More streams leave a thread fewer registers for each.
 MAX_WARPS = 4
 WIDE_STREAMS = 4
 

@@ -15,8 +15,8 @@ _VALUE_DIM = 512
 _HEADS = 64  # of a program
 
 # Where it was seen to win, on an H200, 2026-12-01: lists of 640 and 1,152 slots, 64 and 128 heads,
-# 128 and more programs of 64 heads, in 0.57 to 0.84 of the portable kernel's time. With 4 to 8
-# programs it took 1.1 to 1.8 of it; what lies between, and V3.2's rows but for batch 2 (1.2), was
+# 128 and more programs of 64 heads, in 0.58 to 0.84 of the portable kernel's time. With 4 to 8
+# programs it took 1.12 to 1.79 of it; what lies between, and V3.2's rows but for batch 2 (1.2), was
 # not measured.
 _MIN_PROGRAMS = 128
 _HEAD_COUNTS = (64, 128)

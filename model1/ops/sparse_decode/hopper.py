@@ -1,4 +1,4 @@
-"""Sparse decode over MODEL1 caches on Hopper: sizes, schedules and launches.
+"""Sparse decode over MODEL1 and V3.2 caches on Hopper: sizes, schedules and launches.
 
 The host decides from shapes alone and never waits: a CUDA graph of the launches may be replayed
 with other slots and lengths.
@@ -71,7 +71,8 @@ def sparse_decode_hopper(
     empty_lse: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `model1.ops.sparse_decode.sparse_decode`; MODEL1 rows of 448 + 64 channels, bf16 queries.
+    """See `model1.ops.sparse_decode.sparse_decode`; rows of MODEL1
+    (448 + 64 channels) and V3.2 (512 + 64), bf16 queries.
 
     Where rows are split it takes scratch memory of 257 KiB per SM. Queries whose strides or start
     a tensor map cannot describe are copied first. deterministic: no row is split.

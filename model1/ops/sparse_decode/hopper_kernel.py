@@ -2,7 +2,7 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
-"""Sparse decode over MODEL1 caches on Hopper: one persistent program per SM and 64 heads.
+"""Sparse decode over MODEL1 and V3.2 caches on Hopper: one persistent program per SM and 64 heads.
 
 Four warp groups: two gather and convert keys, two attend. Keys come in blocks of 64 tokens, two
 at a time, a and b. Warp group `attend_first` computes the scores of a and owns output channels 0
@@ -91,8 +91,8 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     program, num_programs = gl.program_id(0) // groups, gl.num_programs(0) // groups
     listed = group  # no pointer where there is no list
     num_items = (rows - program + num_programs - 1) // num_programs
-    gluon_release_successor()
     if items_ptr is not None:
+        gluon_release_successor()  # the merge, which waits for all of this kernel
         gluon_wait_for_predecessor()
         listed = items_ptr + program * item_stride
         num_items = gl.load(listed)
