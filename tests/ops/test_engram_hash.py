@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from engram_cases import LARGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,18 +16,6 @@ from model1.config import EngramConfig
 from model1.errors import ConfigError
 from model1.ops.engram import HashSpec, build_hash_specs, check_compression_table, engram_hash
 
-# Base, orders and layers of the released 4-gram checkpoint.
-LARGE = EngramConfig(
-    engram_layer_ids=(1, 14),
-    engram_max_ngram_size=4,
-    engram_n_heads=8,
-    engram_head_dim=256,
-    engram_vocab_size=16_000_000,
-    engram_compressed_vocab_size=99_092,
-    engram_pad_token_id=2,
-    engram_seed=0,
-    short_conv=False,
-)
 # The paper's demonstration: five times a vocabulary of 129,280.
 DEMO = dataclasses.replace(
     LARGE, engram_layer_ids=(1, 15), engram_max_ngram_size=3, engram_vocab_size=5 * 129_280

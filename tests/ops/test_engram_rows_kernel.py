@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engram_cases import DEVICE, far
+from engram_cases import DEVICE, LARGE, far
 from torch import Tensor
 
 from model1.config import EngramConfig
@@ -96,19 +96,6 @@ def test_rows_may_lie_apart(kind: Any) -> None:
     rows = torch.arange(30).to(DEVICE)[2:20:2] // 2
     got = gather_rows(store.data[1::2], scale, rows, backend="triton")
     assert torch.equal(got, store.gather(2 * rows + 1, backend="triton"))
-
-
-LARGE = EngramConfig(
-    engram_layer_ids=(1, 14),
-    engram_max_ngram_size=4,
-    engram_n_heads=8,
-    engram_head_dim=256,
-    engram_vocab_size=16_000_000,
-    engram_compressed_vocab_size=99_092,
-    engram_pad_token_id=2,
-    engram_seed=0,
-    short_conv=False,
-)
 
 
 def hash_arguments(t: int, config: EngramConfig = LARGE, layer: int = 1) -> tuple[Tensor, ...]:

@@ -91,8 +91,8 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     program, num_programs = gl.program_id(0) // groups, gl.num_programs(0) // groups
     listed = group  # no pointer where there is no list
     num_items = (rows - program + num_programs - 1) // num_programs
+    gluon_release_successor()  # a merge, which waits for all of this kernel, or nobody
     if items_ptr is not None:
-        gluon_release_successor()  # the merge, which waits for all of this kernel
         gluon_wait_for_predecessor()
         listed = items_ptr + program * item_stride
         num_items = gl.load(listed)
