@@ -75,6 +75,20 @@ class Operator:
             return "has no Triton kernel"
         return triton_refusal(device, self.triton_min_capability)
 
+    def resolve_call(
+        self, backend: str, device: torch.device, hopper_refusal: str | None, hopper_wins: bool
+    ) -> str:
+        """`resolve` for one call: "auto" is `hopper` where its kernel takes the call and wins.
+
+        hopper_refusal: why the Hopper kernel cannot take the call, None if it can.
+        """
+        chosen = self.resolve(backend, device)
+        if chosen == "hopper" and hopper_refusal is not None:
+            raise BackendUnavailable(f"{self.name}/hopper {hopper_refusal}")
+        if backend != "auto" or chosen != "triton" or hopper_refusal or not hopper_wins:
+            return chosen
+        return "hopper" if self.offers_hopper(device) else chosen
+
     def offers_hopper(self, device: torch.device) -> bool:
         """Whether backend "hopper" would be obeyed on this device; an offer is logged once."""
         if self._refusal("hopper", device) is not None:

@@ -49,3 +49,9 @@ def num_sms(device: torch.device) -> int:
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """What a launch says to the compiler, as keyword arguments."""
     return {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def fast_divisor(divisor: int) -> tuple[int, int]:
+    """(m, shift) with x // divisor = (2 x m >> 32) >> shift for every x of 31 bits."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor), shift

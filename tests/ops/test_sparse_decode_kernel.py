@@ -30,12 +30,12 @@ from model1.ops.sparse_decode import sparse_decode
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
 from model1.ops.compile_cases import KernelTarget
+from model1.ops.launch import fast_divisor
 from model1.ops.sparse_decode import portable
 from model1.ops.sparse_decode.portable import (
     Config,
     choose_config,
     choose_split_tiles,
-    fast_divisor,
     sparse_decode_triton,
 )
 

@@ -4,7 +4,7 @@
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
 """V3.2's cached rows of 512 codes, four fp32 scales and 64 rotary channels in bf16.
 
-The same lanes have the same channels as in `model1.ops.hopper.rows`; a scale belongs to two of
+The same lanes have the same channels as in `model1.ops.hopper.rows_model1`; a scale belongs to two of
 its pieces of 64 codes. Source of the bytes: docs/kv_layout.md.
 """
 
@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from model1.ops.hopper.rows import TOKENS, locate, rope_layout
+from model1.ops.hopper.rows_model1 import TOKENS, locate, rope_layout
 
 _ROW_BYTES = gl.constexpr(656)
 _SCALE_WORD = gl.constexpr(128)

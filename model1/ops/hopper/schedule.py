@@ -33,6 +33,7 @@ _FIELDS = tl.constexpr(ITEM_FIELDS)
 _PAIR = tl.constexpr(128)  # tokens of two blocks
 _BLOCK = tl.constexpr(64)
 _NEVER = tl.constexpr(1 << 30)
+_TOLERANCE = tl.constexpr(2)  # pairs by which a cut moves to a row's end; about a merge's cost
 _STEP = tl.constexpr(64)  # requests of a program that ranks them
 _MAX_SORTED = 1024  # requests; more rows per program even out unsorted
 _WHOLE_WARPS = 4
@@ -182,7 +183,7 @@ def _split_items_kernel(
     pairs = tl.where(is_row, _pairs(main, extra), 0)
     end = tl.cumsum(pairs, 0)
     start, total = end - pairs, tl.sum(pairs, 0)
-    tolerance = total // num_programs // 4
+    tolerance = tl.minimum(total // num_programs // 4, _TOLERANCE)
     cut = (total.to(tl.int64) * program // num_programs).to(tl.int32)
     cut = _snapped(cut, start, end, is_row, tolerance)
     next_cut = (total.to(tl.int64) * (program + 1) // num_programs).to(tl.int32)

@@ -15,12 +15,14 @@ from torch import Tensor
 from model1.ops.backend import Operator, calls_ref_directly
 from model1.ops.kv_cache import KVLayout
 from model1.ops.paged_decode.checks import check_cache_arguments, check_query
+from model1.ops.paged_decode.choice import choose_backend
 
 PAGED_DECODE = Operator(
     name="paged_decode",
     implementations={
         "ref": "model1.ops.paged_decode.ref:paged_decode_ref",
         "triton": "model1.ops.paged_decode.portable:paged_decode_triton",
+        "hopper": "model1.ops.paged_decode.hopper:paged_decode_hopper",
     },
 )
 
@@ -80,7 +82,10 @@ def paged_decode(
         size = check_cache_arguments(
             q, kv_cache, block_table, cache_seqlens, layout, block_size, value_dim
         )
-    name = PAGED_DECODE.resolve(backend, q.device)
+    name = choose_backend(
+        PAGED_DECODE, backend, q, kv_cache, cu_seqlens_q, layout, value_dim, softmax_scale, causal,
+        deterministic,
+    )  # fmt: skip
     if calls_ref_directly(name):
         return PAGED_DECODE.load(name)(
             q, kv_cache, block_table, cache_seqlens, cu_seqlens_q=cu_seqlens_q,

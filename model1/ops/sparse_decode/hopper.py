@@ -7,14 +7,27 @@ with other slots and lengths.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
+from model1.ops.hopper.combine import _flash_fwd_mla_combine_kernel
+from model1.ops.hopper.launch import (
+    BF16,
+    BF16_OPTIONS,
+    CHANNELS,
+    COMBINE_WARPS,
+    FP8,
+    FP8_OPTIONS,
+    HEADS,
+    OVERLAPS,
+    addressing,
+    compile_case,
+    launch_merge,
+    partial_results,
+    tensor_map,
+)
 from model1.ops.hopper.overlap import OVERLAP
 from model1.ops.hopper.schedule import (
     Lists,
@@ -26,21 +39,9 @@ from model1.ops.hopper.schedule import (
 )
 from model1.ops.kv_cache import KVLayout
 from model1.ops.launch import launch_options, num_sms
-from model1.ops.sparse_decode.hopper_combine import _flash_fwd_mla_combine_kernel
-from model1.ops.sparse_decode.hopper_kernel import (
-    _flash_fwd_splitkv_mla_fp8_sparse_kernel,
-    tile_layout,
-)
+from model1.ops.sparse_decode.hopper_kernel import _flash_fwd_splitkv_mla_fp8_sparse_kernel
 from model1.ops.sparse_decode.portable import Scope, without_padding
 
-HEADS = 64  # of a program
-CHANNELS = 512
-_ALIGNMENT_BYTES = 16  # of what a tensor map describes
-_COMBINE_WARPS = 4
-# Four warp groups share 65,536 registers. With 184 for those that attend they spill.
-_CONSTANTS: dict[str, Any] = {"CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64}
-_OPTIONS = {"num_warps": 4, "maxnreg": 128}
-_OVERLAPS: dict[str, Any] = {"OVERLAPS": True}
 # In pairs of blocks: what partial results and their merge cost, guessed from measured calls.
 _MERGE_COST = 1.5
 
@@ -87,7 +88,7 @@ def sparse_decode_hopper(
         with torch.cuda.device_of(q):
             _launch(
                 q, main, extra, attn_sink, out, lse, scale_log2, empty_lse, deterministic,
-                has_rope=layout.d > CHANNELS,
+                has_rope=layout.d > CHANNELS, is_bf16=layout.name == "bf16",
             )  # fmt: skip
     return out, lse
 
@@ -95,6 +96,7 @@ def sparse_decode_hopper(
 def _launch(
     q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
     scale_log2: float, empty_lse: float, deterministic: bool, *, has_rope: bool,
+    is_bf16: bool,
 ) -> None:  # fmt: skip
     b, s_q, h, _ = q.shape
     groups = -(-h // HEADS)
@@ -103,42 +105,21 @@ def _launch(
     items = plan.items if isinstance(plan, Split) else plan
     item_stride = 0 if items is None else items.stride(0)
     topk, extra_topk = main.topk, extra.topk
-    partial, partial_lse = out, lse
-    if isinstance(plan, Split):
-        sizes = (2 * num_programs * groups, HEADS)
-        partial = torch.empty(*sizes, CHANNELS, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(sizes, dtype=torch.float32, device=q.device)
+    partial, partial_lse = partial_results(plan, num_programs * groups, out, lse)
     if extra.kv_cache is None:
         extra = main  # whose lists no item then names as the second
     _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * groups,)](
-        _tensor_map(q, 256), _tensor_map(q, 64) if has_rope else None, _tensor_map(out, 256),
+        tensor_map(q, 256), tensor_map(q, 64) if has_rope else None, tensor_map(out, 256),
         lse, partial, partial_lse, attn_sink, items,
         item_stride, main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
-        main.kv_cache, *_addressing(main), extra.kv_cache, *_addressing(extra), h, s_q, groups,
-        b * s_q, topk, extra_topk, scale_log2, empty_lse, 0, **_CONSTANTS, **_OPTIONS,
+        main.kv_cache, *addressing(*main.addressing), extra.kv_cache, *addressing(*extra.addressing), h, s_q, groups,
+        b * s_q, topk, extra_topk, scale_log2, empty_lse, 0,
+        **(BF16 | BF16_OPTIONS if is_bf16 else FP8 | FP8_OPTIONS),
         **(OVERLAP if items is not None else {}),
     )  # fmt: skip
-    if isinstance(plan, Split):
-        _flash_fwd_mla_combine_kernel[((b * s_q - plan.first_row) * h,)](
-            out, lse, partial, partial_lse, attn_sink, plan.bounds, plan.spans, plan.first_row, h,
-            groups, num_programs, empty_lse, BLOCK_G=triton.next_power_of_2(num_programs),
-            **_OVERLAPS, **launch_options(_COMBINE_WARPS, 1), **OVERLAP,
-        )  # fmt: skip
-
-
-def _addressing(scope: Scope) -> tuple[int, int, int, int, int]:
-    """`Scope.addressing`; the divisor's 32 bits are read with a sign."""
-    units, size, divisor, shift, last_slot = scope.addressing
-    return units, size, divisor - ((divisor >> 31) << 32), shift, last_slot
-
-
-def _tensor_map(x: Tensor, channels: int) -> TensorDescriptor:
-    """[b, s_q, h, d] in pieces of 64 heads and so many channels."""
-    strides = [2 * stride for stride in x.stride()[:-1]]
-    if x.data_ptr() % _ALIGNMENT_BYTES or any(s % _ALIGNMENT_BYTES or s == 0 for s in strides):
-        x = x.clone(memory_format=torch.contiguous_format)
-    block: Any = [1, 1, HEADS, channels], tile_layout(4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), *block)
+    launch_merge(
+        plan, out, lse, partial, partial_lse, attn_sink, b * s_q, h, groups, num_programs, empty_lse
+    )
 
 
 def _plan(
@@ -165,18 +146,6 @@ def _plan(
     return None if rounds is None else split_items(lists, num_programs, rounds)
 
 
-_TENSOR_MAP = (
-    "tensordesc<bf16[1, 1, 64, {}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
-    "rank=4, transposed=False, fp4_padded=False, cga_layout=[])>"
-)
-_TYPES = {
-    "q_desc": _TENSOR_MAP.format(256), "rope_desc": _TENSOR_MAP.format(64),
-    "out_desc": _TENSOR_MAP.format(256), "out_ptr": "*bf16", "lse_ptr": "*fp32",
-    "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "main_cache": "*u8",
-    "extra_cache": "*u8", "items_ptr": "*i32", "main_slots": "*i32", "extra_slots": "*i32",
-    "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
-    "scale_log2": "fp32", "empty_lse": "fp32",
-}  # fmt: skip
 # docs/kernels_hopper.md says where
 _SPILL_LIMIT_BYTES = 72
 
@@ -186,27 +155,22 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     if target != KernelTarget("cuda", 90):
         return []
     kernel, merge = _flash_fwd_splitkv_mla_fp8_sparse_kernel, _flash_fwd_mla_combine_kernel
-    main = {**launch_options(4, 1), "max_registers": _OPTIONS["maxnreg"]}
+    main = {**launch_options(4, 1), "max_registers": FP8_OPTIONS["maxnreg"]}
     main["spill_limit_bytes"] = _SPILL_LIMIT_BYTES
-    small = launch_options(_COMBINE_WARPS, 1)
-    model1 = _CONSTANTS | {"rope_desc": None}
-    sizes = _OVERLAPS | {"BLOCK_G": 256}
-    split = _OVERLAPS | {"BLOCK_R": 256, "length_ptr": None, "extra_length_ptr": None}
+    bf16 = {**launch_options(4, 1), "max_registers": BF16_OPTIONS["maxnreg"]}
+    small = launch_options(COMBINE_WARPS, 1)
+    model1 = FP8 | {"rope_desc": None}
+    sizes = OVERLAPS | {"BLOCK_G": 256}
+    split = OVERLAPS | {"BLOCK_R": 256, "length_ptr": None, "extra_length_ptr": None}
     return [
-        _case("sparse_decode MODEL1 sink", kernel, model1, main),
-        _case("sparse_decode MODEL1", kernel, model1 | {"sink_ptr": None}, main),
-        _case("sparse_decode MODEL1 even", kernel, model1 | {"items_ptr": None}, main),
-        _case("sparse_decode V32", kernel, _CONSTANTS, main),
-        _case("sparse_decode V32 even", kernel, _CONSTANTS | {"items_ptr": None}, main),
-        _case("combine", merge, sizes, small),
-        _case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),
-        _case("split items", _split_items_kernel, split, small),
+        compile_case("sparse_decode MODEL1 sink", kernel, model1, main),
+        compile_case("sparse_decode MODEL1", kernel, model1 | {"sink_ptr": None}, main),
+        compile_case("sparse_decode MODEL1 even", kernel, model1 | {"items_ptr": None}, main),
+        compile_case("sparse_decode V32", kernel, FP8, main),
+        compile_case("sparse_decode V32 even", kernel, FP8 | {"items_ptr": None}, main),
+        compile_case("sparse_decode bf16 512", kernel, BF16 | {"rope_desc": None}, bf16),
+        compile_case("sparse_decode bf16 576", kernel, BF16, bf16),
+        compile_case("combine", merge, sizes, small),
+        compile_case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),
+        compile_case("split items", _split_items_kernel, split, small),
     ]
-
-
-def _case(
-    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any]
-) -> CompileCase:
-    types = dict.fromkeys(kernel.arg_names, "i32") | _TYPES
-    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    return CompileCase(f"hopper {name}", kernel, signature, constants, **options)

@@ -22,6 +22,7 @@ from model1.ops.kv_cache import KVLayout
 from model1.ops.launch import (
     USUAL_CHANNELS,
     device_target,
+    fast_divisor,
     launch_options,
     max_channels,
     num_sms,
@@ -136,12 +137,6 @@ def choose_split_tiles(num_programs: int, num_tiles: int, num_parallel: int) -> 
         return rounds * (split_tiles + _PROGRAM_COST) + merge
 
     return min(range(max(num_tiles, 1), 0, -1), key=cost)
-
-
-def fast_divisor(divisor: int) -> tuple[int, int]:
-    """(m, shift) with x // divisor = (2 x m >> 32) >> shift for every x of 31 bits."""
-    shift = (divisor - 1).bit_length()
-    return -(-(1 << (31 + shift)) // divisor), shift
 
 
 def sparse_decode_triton(

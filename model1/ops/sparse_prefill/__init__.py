@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model1.ops.backend import Operator
 from model1.ops.sparse_prefill.checks import check_lists, check_queries_and_keys, check_sink
+from model1.ops.sparse_prefill.choice import hopper_call_refusal, hopper_wins
 from model1.ops.sparse_prefill.gradient import backward, setup_context
 
 SPARSE_PREFILL = Operator(
@@ -22,6 +23,7 @@ SPARSE_PREFILL = Operator(
     implementations={
         "ref": "model1.ops.sparse_prefill.ref:sparse_prefill_ref",
         "triton": "model1.ops.sparse_prefill.portable:sparse_prefill_triton",
+        "hopper": "model1.ops.sparse_prefill.hopper:sparse_prefill_hopper",
     },
 )
 
@@ -75,11 +77,15 @@ def sparse_prefill(
     check_queries_and_keys(q, kv, value_dim)
     check_lists(q, topk_indices, topk_length)
     check_sink(q, attn_sink)
+    name = SPARSE_PREFILL.resolve_call(
+        backend, q.device, hopper_call_refusal(q.dtype, q.shape[2], value_dim, softmax_scale),
+        hopper_wins(q.shape[0], q.shape[1], topk_indices.shape[1]),
+    )  # fmt: skip
     return SparsePrefillResult(
         *torch.ops.model1.sparse_prefill(
             q, kv, topk_indices, topk_length, attn_sink,
             value_dim, softmax_scale, empty_lse, deterministic,
-            SPARSE_PREFILL.resolve(backend, q.device), backend,
+            name, backend,
         )
     )  # fmt: skip
 

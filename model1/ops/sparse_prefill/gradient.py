@@ -14,6 +14,8 @@ SPARSE_PREFILL_BACKWARD = Operator(
     implementations={
         "ref": "model1.ops.sparse_prefill.ref:sparse_prefill_backward_ref",
         "triton": "model1.ops.sparse_prefill.portable_backward:sparse_prefill_backward_triton",
+        # the gradient of the Hopper kernel is the portable one
+        "hopper": "model1.ops.sparse_prefill.portable_backward:sparse_prefill_backward_triton",
     },
 )
 

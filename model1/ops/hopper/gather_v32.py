@@ -2,7 +2,7 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
-"""Gathering V3.2's rows for sparse decode on Hopper: `hopper_gather` with other bytes."""
+"""The gathering half over V3.2's rows: `gather_model1` with other bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from model1.ops.hopper.cursor import BLOCK, load_slots, next_block, open_list
 from model1.ops.hopper.items import item_field
-from model1.ops.hopper.rows import TOKENS, load_codes, side_by_side
+from model1.ops.hopper.rows_model1 import TOKENS, codes_layout, load_codes, side_by_side
 from model1.ops.hopper.rows_v32 import (
     convert_v32_codes,
     copy_rope,
@@ -20,7 +21,6 @@ from model1.ops.hopper.rows_v32 import (
     prefetch_v32_rows,
     v32_rows,
 )
-from model1.ops.sparse_decode.hopper_gather import BLOCK, load_slots, next_block, open_list
 
 
 @gluon.jit
@@ -31,7 +31,7 @@ def _rows(slot, cache):
 @gluon.jit
 def gather_v32_keys(
     HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready,
-    low_free, high_free,
+    low_free, high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -39,19 +39,24 @@ def gather_v32_keys(
     """
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
     num_items = items[7]
+    token = HALF_BLOCK * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, codes_layout()))
     if num_items > 0:
         item, block, end = 1, item_field(items, 1, 2), item_field(items, 1, 3)
         item_now, left_now = 1, end - block
         start, left, cache = open_list(items, item, block, lists, main, extra)
-        rows, exists = _rows(load_slots(start, left, HALF_BLOCK), cache)
+        rows, exists = _rows(
+            load_slots(items, item, start, left, cache, token, hidden, IS_PAGED), cache
+        )
         item, block, end, start, left, cache = next_block(
             items, item, block, end, start, left, cache, lists, main, extra
         )
-        next_rows, next_exists = _rows(load_slots(start, left, HALF_BLOCK), cache)
+        next_rows, next_exists = _rows(
+            load_slots(items, item, start, left, cache, token, hidden, IS_PAGED), cache
+        )
         item, block, end, start, left, cache = next_block(
             items, item, block, end, start, left, cache, lists, main, extra
         )
-        slot = load_slots(start, left, HALF_BLOCK)
+        slot = load_slots(items, item, start, left, cache, token, hidden, IS_PAGED)
         s0, s1 = load_scale(rows, exists, 0), load_scale(rows, exists, 1)
         s2, s3 = load_scale(rows, exists, 2), load_scale(rows, exists, 3)
         x0 = load_codes(rows, exists, 0)
@@ -108,7 +113,7 @@ def gather_v32_keys(
             item, block, end, start, left, cache = next_block(
                 items, item, block, end, start, left, cache, lists, main, extra
             )
-            slot = load_slots(start, left, HALF_BLOCK)
+            slot = load_slots(items, item, start, left, cache, token, hidden, IS_PAGED)
             left_now -= 1
             if left_now == 0:
                 item_now += 1

@@ -2,7 +2,7 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
-"""The attending half of sparse decode on Hopper: scores, softmax, values, results.
+"""The attending half of attention on Hopper: scores, softmax, values, results.
 
 Two warp groups; docs/kernels_hopper.md has what each does and when.
 """
@@ -74,10 +74,14 @@ def _fetch_queries(
 @gluon.jit
 def _finish(
     SIDE: gl.constexpr, acc, largest, total, totals, totals_ready, parity, store_tile, out_desc,
-    request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr, partial_lse_ptr,
-    groups, HAS_SINK: gl.constexpr,
+    request, query, slot, group, h, s_q, empty_lse, results, groups,
 ):  # fmt: skip
-    """Write an item's half of the output, and its lse; 1 if `store_tile` is still read, else 0."""
+    """Write an item's half of the output, and its lse; 1 if `store_tile` is still read, else 0.
+
+    results: pointers to the lse, the largest logits, sinks, partial results and their lse; any
+    integer for the second and third where they are not wanted.
+    """
+    lse_ptr, max_ptr, sink_ptr, partial_ptr, partial_lse_ptr = results
     S: gl.constexpr = scores_layout()
     O: gl.constexpr = out_layout()  # noqa: E741
     ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -89,7 +93,7 @@ def _finish(
     lse, weight = log2_sum(largest, total)
     row = gl.arange(0, HEADS, layout=ROW)
     if slot < 0:
-        if HAS_SINK:
+        if sink_ptr.dtype.is_ptr():
             head = group * HEADS + row
             sink = gl.load(sink_ptr + head, mask=head < h, other=0.0)
             weight = weight / (1.0 + gl.exp2(sink * _LOG2_E - lse))
@@ -107,6 +111,10 @@ def _finish(
             lse_at = (request.to(gl.int64) * s_q + query) * h + head
             natural = gl.where(total == 0.0, empty_lse, lse * _LN_2)
             gl.store(lse_ptr + lse_at, natural, mask=head < h)
+            if max_ptr.dtype.is_ptr():
+                # a maximum passes over a NaN
+                logit = gl.where(total == total, largest * _LN_2, total)
+                gl.store(max_ptr + lse_at, logit, mask=head < h)
     else:
         part = slot.to(gl.int64) * groups + group
         channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, O)) + SIDE * HALF
@@ -123,8 +131,7 @@ def _finish(
 def attend_first(
     q_desc, rope_desc, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima,
     totals, bias, k_ready, low_free, q_ready, w_ready, totals_ready, out_desc, items, group,
-    groups, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr, partial_lse_ptr, scale_log2, zero,
-    HAS_SINK: gl.constexpr, HAS_ROPE: gl.constexpr,
+    groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the first block of each pair; output channels 0 to 255."""
     S: gl.constexpr = scores_layout()
@@ -197,8 +204,7 @@ def attend_first(
             num_pairs += 1
         is_storing = _finish(
             0, acc, largest, total, totals, totals_ready, (item - 1) & 1, k_low.index(1), out_desc,
-            request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr,
-            partial_lse_ptr, groups, HAS_SINK,
+            request, query, slot, group, h, s_q, empty_lse, results, groups,
         )  # fmt: skip
         mbarrier.arrive(low_free.index(1), count=1, pred=is_storing == 0)
     tma.store_wait(0)
@@ -207,9 +213,8 @@ def attend_first(
 @gluon.jit
 def attend_second(
     q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias, k_ready,
-    high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q, lse_ptr,
-    empty_lse, sink_ptr, partial_ptr, partial_lse_ptr, scale_log2, zero, HAS_SINK: gl.constexpr,
-    HAS_ROPE: gl.constexpr,
+    high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q, empty_lse,
+    results, scale_log2, zero, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the second block of each pair; output channels 256 to 511."""
     S: gl.constexpr = scores_layout()
@@ -267,8 +272,7 @@ def attend_second(
             num_pairs += 1
         is_storing = _finish(
             1, acc, largest, total, totals, totals_ready, (item - 1) & 1, k_high.index(1), out_desc,
-            request, query, slot, group, h, s_q, lse_ptr, empty_lse, sink_ptr, partial_ptr,
-            partial_lse_ptr, groups, HAS_SINK,
+            request, query, slot, group, h, s_q, empty_lse, results, groups,
         )  # fmt: skip
         mbarrier.arrive(high_free.index(1), count=1, pred=is_storing == 0)
     tma.store_wait(0)

@@ -2,7 +2,7 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
-"""The gathering half of sparse decode on Hopper: from lists of slots to bf16 keys."""
+"""The gathering half of attention on Hopper over MODEL1's rows: from slots to bf16 keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from model1.ops.hopper.cursor import BLOCK, load_slots, next_block, open_list
 from model1.ops.hopper.items import item_field
-from model1.ops.hopper.rows import (
+from model1.ops.hopper.rows_model1 import (
     TOKENS,
     codes_layout,
     convert_codes,
@@ -23,49 +24,6 @@ from model1.ops.hopper.rows import (
     side_by_side,
 )
 
-BLOCK = gl.constexpr(64)  # tokens of a block
-
-
-@gluon.jit
-def open_list(items, item, block, lists, main, extra):
-    """Where an item's slots continue with `block`, how many entries are left, and their cache."""
-    num_main = item_field(items, item, 5)
-    main_blocks = (num_main + 63) >> 6
-    is_main = block < main_blocks
-    first = gl.where(is_main, block, block - main_blocks) * BLOCK
-    left = gl.where(is_main, num_main, item_field(items, item, 6)) - first
-    start = gl.where(is_main, lists[0], lists[3])
-    start += item_field(items, item, 0).to(gl.int64) * gl.where(is_main, lists[1], lists[4])
-    start += item_field(items, item, 1).to(gl.int64) * gl.where(is_main, lists[2], lists[5])
-    cache = (
-        gl.where(is_main, main[0], extra[0]), gl.where(is_main, main[1], extra[1]),
-        gl.where(is_main, main[2], extra[2]), gl.where(is_main, main[3], extra[3]),
-        gl.where(is_main, main[4], extra[4]), gl.where(is_main, main[5], extra[5]),
-    )  # fmt: skip
-    return start + first, left, cache
-
-
-@gluon.jit
-def load_slots(start, left, HALF_BLOCK: gl.constexpr):
-    """The slots of half a block; -1 where the list has ended."""
-    token = HALF_BLOCK * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, codes_layout()))
-    return gl.load(start + token, mask=token < left, other=-1)
-
-
-@gluon.jit
-def next_block(items, item, block, end, start, left, cache, lists, main, extra):
-    """One block on; behind the last item stands an entry without slots and without an end."""
-    block += 1
-    start += BLOCK
-    left -= BLOCK
-    if (left <= 0) | (block == end):
-        is_end = block == end
-        item = gl.where(is_end, item + 1, item)
-        block = gl.where(is_end, item_field(items, item, 2), block)
-        end = item_field(items, item, 3)
-        start, left, cache = open_list(items, item, block, lists, main, extra)
-    return item, block, end, start, left, cache
-
 
 @gluon.jit
 def _pointers(slot, cache):
@@ -75,7 +33,7 @@ def _pointers(slot, cache):
 @gluon.jit
 def gather_keys(
     HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready,
-    low_free, high_free,
+    low_free, high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -84,19 +42,24 @@ def gather_keys(
     """
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
     num_items = items[7]
+    token = HALF_BLOCK * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, codes_layout()))
     if num_items > 0:
         item, block, end = 1, item_field(items, 1, 2), item_field(items, 1, 3)
         item_now, left_now = 1, end - block
         start, left, cache = open_list(items, item, block, lists, main, extra)
-        rows, scales, exists = _pointers(load_slots(start, left, HALF_BLOCK), cache)
+        rows, scales, exists = _pointers(
+            load_slots(items, item, start, left, cache, token, hidden, IS_PAGED), cache
+        )
         item, block, end, start, left, cache = next_block(
             items, item, block, end, start, left, cache, lists, main, extra
         )
-        next_rows, next_scales, next_exists = _pointers(load_slots(start, left, HALF_BLOCK), cache)
+        next_rows, next_scales, next_exists = _pointers(
+            load_slots(items, item, start, left, cache, token, hidden, IS_PAGED), cache
+        )
         item, block, end, start, left, cache = next_block(
             items, item, block, end, start, left, cache, lists, main, extra
         )
-        slot = load_slots(start, left, HALF_BLOCK)
+        slot = load_slots(items, item, start, left, cache, token, hidden, IS_PAGED)
         scale_low = gl.load(scales, mask=exists, other=0)
         scale_high = gl.load(scales + 1, mask=exists, other=0)
         x0 = load_codes(rows, exists, 0)
@@ -159,7 +122,7 @@ def gather_keys(
             item, block, end, start, left, cache = next_block(
                 items, item, block, end, start, left, cache, lists, main, extra
             )
-            slot = load_slots(start, left, HALF_BLOCK)
+            slot = load_slots(items, item, start, left, cache, token, hidden, IS_PAGED)
             left_now -= 1
             if left_now == 0:
                 item_now += 1

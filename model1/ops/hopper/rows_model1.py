@@ -81,16 +81,24 @@ def rope_layout():
 
 
 @gluon.jit
+def divide(number, divisor, shift):
+    """number // block_size as the high half of a product, for numbers that are not negative.
+
+    `divisor`, 32 bits without a sign, and `shift` are what `fast_divisor` returns.
+    """
+    return (gl.umulhi(number.to(gl.uint32) * 2, divisor.to(gl.uint32)) >> shift).to(gl.int32)
+
+
+@gluon.jit
 def locate(slot, cache, block_units, block_size, divisor, shift, last_slot):
     """Where the blocks of `slot` [32] start, the tokens' places in them, and which exist.
 
-    block_units: 16-byte units from block to block. slot // block_size is the high half of a
-    product: `divisor`, 32 bits without a sign, and `shift` are what `fast_divisor` returns. Slots
-    outside the cache, -1 first, point at slot 0, so that they can be prefetched.
+    block_units: 16-byte units from block to block. Slots outside the cache, -1 first, point at
+    slot 0, so that they can be prefetched.
     """
     exists = (slot >= 0) & (slot <= last_slot)
     slot = gl.where(exists, slot, 0)
-    block = (gl.umulhi(slot.to(gl.uint32) * 2, divisor.to(gl.uint32)) >> shift).to(gl.int32)
+    block = divide(slot, divisor, shift)
     return cache + block.to(gl.int64) * block_units * 16, slot - block * block_size, exists
 
 

@@ -1,0 +1,98 @@
+"""What the launches of all kernels for Hopper have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from model1.ops.compile_cases import CompileCase
+from model1.ops.hopper.attend import tile_layout
+from model1.ops.hopper.combine import _flash_fwd_mla_combine_kernel
+from model1.ops.hopper.overlap import OVERLAP
+from model1.ops.hopper.schedule import Split
+from model1.ops.launch import launch_options
+
+HEADS = 64  # of a program
+CHANNELS = 512  # of values
+ROPE = 64  # channels behind them, where rows have such
+ALIGNMENT_BYTES = 16  # of what a tensor map describes and of what is copied
+# Warp groups share 65,536 registers: four where keys are converted, with 184 for those that attend
+# they spill, and three where keys are copied.
+FP8: dict[str, Any] = {"IS_BF16": False, "CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64}
+BF16: dict[str, Any] = {"IS_BF16": True, "CONSUMER_REGISTERS": 216, "PRODUCER_REGISTERS": 72}
+COMBINE_WARPS = 4
+OVERLAPS: dict[str, Any] = {"OVERLAPS": True}
+FP8_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+BF16_OPTIONS = {"num_warps": 4, "maxnreg": 168}
+
+
+def tensor_map(x: Tensor, channels: int) -> TensorDescriptor:
+    """[b, s_q, h, d] in pieces of 64 heads and so many channels.
+
+    What a tensor map cannot describe is copied first.
+    """
+    strides = [x.element_size() * stride for stride in x.stride()[:-1]]
+    if x.data_ptr() % ALIGNMENT_BYTES or any(s % ALIGNMENT_BYTES or s == 0 for s in strides):
+        x = x.clone(memory_format=torch.contiguous_format)
+    block: Any = [1, 1, HEADS, channels], tile_layout(4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), *block)
+
+
+def addressing(
+    units: int, size: int, divisor: int, shift: int, last_slot: int
+) -> tuple[int, int, int, int, int]:
+    """How a kernel finds a slot, `Scope.addressing`; the divisor's 32 bits are read with a sign."""
+    return units, size, divisor - ((divisor >> 31) << 32), shift, last_slot
+
+
+def partial_results(
+    plan: Tensor | Split | None, num_parts: int, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Room for two results, and their lse, of 64 heads for each program if rows are split."""
+    if not isinstance(plan, Split):
+        return out, lse  # which are not written as such
+    sizes = {"dtype": torch.float32, "device": out.device}
+    return (
+        torch.empty(2 * num_parts, HEADS, CHANNELS, **sizes),
+        torch.empty(2 * num_parts, HEADS, **sizes),
+    )
+
+
+def launch_merge(
+    plan: Tensor | Split | None, out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor,
+    attn_sink: Tensor | None, rows: int, h: int, groups: int, num_programs: int, empty_lse: float,
+) -> None:  # fmt: skip
+    """Add up what programs found out about parts of a row, if rows are split."""
+    if isinstance(plan, Split):
+        _flash_fwd_mla_combine_kernel[((rows - plan.first_row) * h,)](
+            out, lse, partial, partial_lse, attn_sink, plan.bounds, plan.spans, plan.first_row, h,
+            groups, num_programs, empty_lse, BLOCK_G=triton.next_power_of_2(num_programs),
+            **OVERLAPS, **launch_options(COMBINE_WARPS, 1), **OVERLAP,
+        )  # fmt: skip
+
+
+_TENSOR_MAP = (
+    "tensordesc<bf16[1, 1, 64, {}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
+    "rank=4, transposed=False, fp4_padded=False, cga_layout=[])>"
+)
+_TYPES = {
+    "q_desc": _TENSOR_MAP.format(256), "rope_desc": _TENSOR_MAP.format(64),
+    "out_desc": _TENSOR_MAP.format(256), "out_ptr": "*bf16", "lse_ptr": "*fp32", "max_ptr": "*fp32",
+    "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "main_cache": "*u8",
+    "extra_cache": "*u8", "items_ptr": "*i32", "main_slots": "*i32", "extra_slots": "*i32",
+    "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
+    "topk_indices_ptr": "*i32", "block_table_ptr": "*i32", "cache_ptr": "*u8", "kv_ptr": "*u8", "scale_log2": "fp32", "empty_lse": "fp32",
+}  # fmt: skip
+
+
+def compile_case(
+    name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any]
+) -> CompileCase:
+    """A launch to be compiled ahead of time."""
+    types = dict.fromkeys(kernel.arg_names, "i32") | _TYPES
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    return CompileCase(f"hopper {name}", kernel, signature, constants, **options)

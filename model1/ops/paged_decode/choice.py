@@ -1,0 +1,74 @@
+"""Which calls the Hopper kernel takes, and for which of them it is the faster one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model1.ops.backend import Operator
+from model1.ops.kv_cache import KVLayout
+
+_FP8 = (KVLayout("model1_fp8", d_nope=448, d_rope=64), KVLayout("v32_fp8", d_nope=512, d_rope=64))
+_CHANNELS = (512, 576)
+_VALUE_DIM = 512
+_HEADS = 64  # of a program
+_UNIT_BYTES = 16  # what blocks and rows must start at multiples of
+
+
+def hopper_call_refusal(
+    q: Tensor, kv_cache: Tensor, cu_seqlens_q: Tensor | None, layout: KVLayout | None,
+    value_dim: int, softmax_scale: float, causal: bool,
+) -> str | None:  # fmt: skip
+    """Why the Hopper kernel cannot take such a call, or None if it can."""
+    d = q.shape[-1]
+    if q.dtype != torch.bfloat16:
+        return f"takes bfloat16 queries, got {q.dtype}"
+    if cu_seqlens_q is not None:
+        return "takes as many queries of each request, got cu_seqlens_q"
+    if d not in _CHANNELS or value_dim != _VALUE_DIM:
+        return f"takes rows of 512 or 576 channels with 512 of values, got {d} with {value_dim}"
+    if not softmax_scale > 0:  # what it hides is -inf before the scale
+        return f"takes a softmax_scale above 0, got {softmax_scale}"
+    if causal and q.shape[1] > 1 and q.shape[2] % _HEADS:
+        return f"takes multiples of 64 heads if causal with several queries, got {q.shape[2]}"
+    return _cache_refusal(kv_cache, layout, d)
+
+
+def _cache_refusal(kv_cache: Tensor, layout: KVLayout | None, d: int) -> str | None:
+    if layout is None:
+        if kv_cache.shape[2] != 1 or kv_cache.stride(1) != d:
+            got = f"{kv_cache.shape[2]}, {kv_cache.stride(1)} elements apart"
+            return f"takes one key head with tokens {d} elements apart, got {got}"
+    elif layout.name != "bf16" and layout not in _FP8:
+        got = f"{layout.name} {layout.d_nope} + {layout.d_rope}"
+        return f"takes bf16, model1_fp8 448 + 64 or v32_fp8 512 + 64, got {got}"
+    # not data_ptr(): a graph is traced through here; memory itself is aligned
+    start, step = (
+        n * kv_cache.element_size() for n in (kv_cache.storage_offset(), kv_cache.stride(0))
+    )
+    if start % _UNIT_BYTES or step % _UNIT_BYTES:
+        return f"takes blocks that start at multiples of 16 bytes, got {start % 16} + n * {step}"
+    return None
+
+
+def hopper_wins(rows: int, h: int) -> bool:
+    """Whether it is the faster kernel for `rows` queries of h heads."""
+    return False
+
+
+def choose_backend(
+    operator: Operator, backend: str, q: Tensor, kv_cache: Tensor, cu_seqlens_q: Tensor | None,
+    layout: KVLayout | None, value_dim: int, softmax_scale: float, causal: bool,
+    deterministic: bool,
+) -> str:  # fmt: skip
+    """What `resolve` says, and under "auto" `hopper` where that is the faster kernel."""
+    if not q.is_cuda:  # where steps are small, and counted
+        return operator.resolve(backend, q.device)
+    refusal = hopper_call_refusal(
+        q, kv_cache, cu_seqlens_q, layout, value_dim, softmax_scale, causal
+    )
+    # a deterministic row must not learn from the choice how many others there are
+    wins = (
+        not deterministic and refusal is None and hopper_wins(q.shape[0] * q.shape[1], q.shape[2])
+    )
+    return operator.resolve_call(backend, q.device, refusal, wins)
