@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model1.ops.hopper.items import item_field
-from model1.ops.hopper.softmax import add_scores, issue_scores, log2_sum, softmax_step
+from model1.ops.hopper.softmax import add_scores, first_scores, log2_sum, softmax_step
 
 HEADS = gl.constexpr(64)  # of a program
 HALF = gl.constexpr(256)  # channels that a warp group owns
@@ -130,7 +130,7 @@ def _finish(
 @gluon.jit
 def attend_first(
     q_desc, rope_desc, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima,
-    totals, bias, k_ready, low_free, q_ready, w_ready, totals_ready, out_desc, items, group,
+    totals, bias, low_ready, high_ready, low_free, q_ready, w_ready, totals_ready, out_desc, items, group,
     groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of the first block of each pair; output channels 0 to 255."""
@@ -163,11 +163,12 @@ def attend_first(
             # 0 at run time: known indices would have every descriptor computed ahead and spilled
             a = num_pairs * zero
             b = a + 1
-            mbarrier.wait(k_ready.index(0), phase)
+            mbarrier.wait(low_ready.index(0), phase)
             fence_async_shared()
-            scores = issue_scores(
-                q_low.index(a), q_high.index(a), k_low.index(a), k_high.index(a), S
-            )
+            scores = first_scores(q_low.index(a), k_low.index(a), S)
+            mbarrier.wait(high_ready.index(0), phase)
+            fence_async_shared()
+            scores = add_scores(q_high.index(a), k_high.index(a), scores)
             if HAS_ROPE:
                 scores = add_scores(q_rope.index(a), k_rope.index(a), scores)
             scores = warpgroup_mma_wait(0, deps=[scores])
@@ -184,7 +185,7 @@ def attend_first(
             acc = warpgroup_mma(gl.convert_layout(narrow, A), k_low.index(a), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(low_free.index(0), count=1)
-            mbarrier.wait(k_ready.index(1), phase)
+            mbarrier.wait(low_ready.index(1), phase)
             mbarrier.wait(w_ready.index(1), phase)
             fence_async_shared()
             # both warp groups have their last scores: nobody reads the queries any more
@@ -212,7 +213,7 @@ def attend_first(
 
 @gluon.jit
 def attend_second(
-    q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias, k_ready,
+    q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias, low_ready, high_ready,
     high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q, empty_lse,
     results, scale_log2, zero, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
@@ -237,7 +238,7 @@ def attend_second(
             phase = num_pairs & 1
             a = num_pairs * zero
             b = a + 1
-            mbarrier.wait(k_ready.index(0), phase)
+            mbarrier.wait(high_ready.index(0), phase)
             mbarrier.wait(w_ready.index(0), phase)
             fence_async_shared()
             decay = decays.index(0).load(ROW)
@@ -245,15 +246,16 @@ def attend_second(
             total = total * decay
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
             in_flight = warpgroup_mma(weights.index(a), k_high.index(a), acc, is_async=True)
-            mbarrier.wait(k_ready.index(1), phase)
+            mbarrier.wait(low_ready.index(1), phase)
             fence_async_shared()
-            scores = issue_scores(
-                q_low.index(a), q_high.index(a), k_low.index(b), k_high.index(b), S
-            )
+            scores = first_scores(q_low.index(a), k_low.index(b), S)
+            acc = warpgroup_mma_wait(1, deps=[in_flight])
+            mbarrier.arrive(high_free.index(0), count=1)
+            mbarrier.wait(high_ready.index(1), phase)
+            fence_async_shared()
+            scores = add_scores(q_high.index(a), k_high.index(b), scores)
             if HAS_ROPE:
                 scores = add_scores(q_rope.index(a), k_rope.index(b), scores)
-            acc = warpgroup_mma_wait(3 if HAS_ROPE else 2, deps=[in_flight])
-            mbarrier.arrive(high_free.index(0), count=1)
             scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(1).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)

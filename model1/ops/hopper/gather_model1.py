@@ -32,7 +32,7 @@ def _pointers(slot, cache):
 
 @gluon.jit
 def gather_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready,
     low_free, high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
@@ -91,6 +91,7 @@ def gather_keys(
             low.slice(64, 64, dim=1).store(
                 side_by_side(convert_codes(x2, scale_low, 2), convert_codes(x3, scale_low, 3))
             )
+            mbarrier.arrive(low_ready.index(buffer), count=1)
             scale_low = gl.load(next_scales, mask=exists, other=0)
             x0 = load_codes(rows, exists, 0)
             x1 = load_codes(rows, exists, 1)
@@ -116,7 +117,7 @@ def gather_keys(
             bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0).store(
                 new_bias.to(gl.bfloat16)
             )
-            mbarrier.arrive(k_ready.index(buffer), count=1)
+            mbarrier.arrive(high_ready.index(buffer), count=1)
             next_rows, next_scales, next_exists = _pointers(slot, cache)
             prefetch_rows(next_rows, next_scales)
             item, block, end, start, left, cache = next_block(

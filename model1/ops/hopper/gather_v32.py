@@ -30,7 +30,7 @@ def _rows(slot, cache):
 
 @gluon.jit
 def gather_v32_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready,
     low_free, high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
@@ -86,6 +86,7 @@ def gather_v32_keys(
             low.slice(64, 64, dim=1).store(
                 side_by_side(convert_v32_codes(x2, s1), convert_v32_codes(x3, s1))
             )
+            mbarrier.arrive(low_ready.index(buffer), count=1)
             s0, s1 = load_scale(rows, exists, 0), load_scale(rows, exists, 1)
             x0 = load_codes(rows, exists, 0)
             x1 = load_codes(rows, exists, 1)
@@ -93,7 +94,7 @@ def gather_v32_keys(
             x3 = load_codes(rows, exists, 3)
             mbarrier.wait(high_free.index(buffer), phase ^ 1)
             copy_rope(old_rows, old_exists, last)
-            async_copy.mbarrier_arrive(k_ready.index(buffer), increment_count=False)
+            async_copy.mbarrier_arrive(high_ready.index(buffer), increment_count=False)
             high.slice(0, 64, dim=1).store(
                 side_by_side(convert_v32_codes(x4, s2), convert_v32_codes(x5, s2))
             )
@@ -107,7 +108,7 @@ def gather_v32_keys(
             x7 = load_codes(rows, exists, 7)
             place = bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
             place.store(new_bias.to(gl.bfloat16))
-            mbarrier.arrive(k_ready.index(buffer), count=1)
+            mbarrier.arrive(high_ready.index(buffer), count=1)
             next_rows, next_exists = _rows(slot, cache)
             prefetch_v32_rows(next_rows)
             item, block, end, start, left, cache = next_block(

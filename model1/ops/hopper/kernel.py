@@ -68,7 +68,8 @@ def attend_items(
     decays = gl.allocate_shared_memory(gl.float32, [2, HEADS], ROWS)
     maxima = gl.allocate_shared_memory(gl.float32, [2, HEADS], ROWS)
     totals = gl.allocate_shared_memory(gl.float32, [2, HEADS], ROWS)
-    k_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    low_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    high_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     low_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     high_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     w_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -76,7 +77,8 @@ def attend_items(
     q_ready, totals_ready = others.index(0), others.index(1)
     for i in gl.static_range(2):
         # what is copied arrives thread by thread: all channels, or the rotary of V3.2's rows
-        mbarrier.init(k_ready.index(i), count=1 + 128 if IS_BF16 else 2 + 256 if HAS_ROPE else 2)
+        mbarrier.init(low_ready.index(i), count=128 if IS_BF16 else 2)
+        mbarrier.init(high_ready.index(i), count=1 + 128 if IS_BF16 else 2 + 256 if HAS_ROPE else 2)
         mbarrier.init(low_free.index(i), count=1)
         mbarrier.init(high_free.index(i), count=1)
         mbarrier.init(w_ready.index(i), count=1)
@@ -104,38 +106,38 @@ def attend_items(
     if IS_BF16:
         gl.warp_specialize([
             (gather_bf16_keys, (
-                items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready, low_free,
+                items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready, low_free,
                 high_free, hidden, HAS_ROPE, IS_PAGED,
             )),
             (attend_first, (
                 q_desc, rope_queries, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays,
-                maxima, totals, bias, k_ready, low_free, q_ready, w_ready, totals_ready, out_desc,
+                maxima, totals, bias, low_ready, high_ready, low_free, q_ready, w_ready, totals_ready, out_desc,
                 items, group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
             )),
             (attend_second, (
                 q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias,
-                k_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups,
+                low_ready, high_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups,
                 h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
             )),
         ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (gather_v32_keys if HAS_ROPE else gather_keys, (
-                0, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready, low_free,
+                0, items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready, low_free,
                 high_free, hidden, IS_PAGED,
             )),
             (attend_first, (
                 q_desc, rope_queries, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays,
-                maxima, totals, bias, k_ready, low_free, q_ready, w_ready, totals_ready, out_desc,
+                maxima, totals, bias, low_ready, high_ready, low_free, q_ready, w_ready, totals_ready, out_desc,
                 items, group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
             )),
             (attend_second, (
                 q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias,
-                k_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups,
+                low_ready, high_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups,
                 h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
             )),
             (gather_v32_keys if HAS_ROPE else gather_keys, (
-                1, items, lists, main, extra, k_low, k_high, k_rope, bias, k_ready, low_free,
+                1, items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready, low_free,
                 high_free, hidden, IS_PAGED,
             )),
         ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

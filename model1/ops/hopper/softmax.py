@@ -15,14 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 
 @gluon.jit
-def issue_scores(q_low, q_high, k_low, k_high, LAYOUT: gl.constexpr):
-    """q . k^T, fp32, of queries and keys in shared memory, both as two halves of their channels.
-
-    Two products, to be waited for.
-    """
-    scores = gl.full([q_low.shape[0], k_low.shape[0]], 0.0, gl.float32, layout=LAYOUT)
-    scores = warpgroup_mma(q_low, k_low.permute((1, 0)), scores, use_acc=False, is_async=True)
-    return add_scores(q_high, k_high, scores)
+def first_scores(q, k, LAYOUT: gl.constexpr):
+    """q . k^T, fp32, of queries and keys in shared memory; to be waited for."""
+    scores = gl.full([q.shape[0], k.shape[0]], 0.0, gl.float32, layout=LAYOUT)
+    return warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
 
 
 @gluon.jit
