@@ -144,6 +144,22 @@ def _finish(
 
 
 @gluon.jit
+def _issue_scores(
+    q, q_rope, k, k_rope, barriers, phase, a, NUMBER: gl.constexpr, HAS_ROPE: gl.constexpr
+):
+    """Scores of a pair's block NUMBER as its halves come; to be waited for."""
+    mbarrier.wait(barriers.index(LOW_READY + NUMBER), phase)
+    fence_async_shared()
+    scores = first_scores(q.index(a), k.index(a + NUMBER), scores_layout())
+    mbarrier.wait(barriers.index(HIGH_READY + NUMBER), phase)
+    fence_async_shared()
+    scores = add_scores(q.index(a + Q_HIGH), k.index(a + (HIGH + NUMBER)), scores)
+    if HAS_ROPE:
+        scores = add_scores(q_rope.index(a), k_rope.index(a + NUMBER), scores)
+    return scores
+
+
+@gluon.jit
 def attend_first(
     q_desc, rope_desc, q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group,
     groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr,
@@ -178,14 +194,7 @@ def attend_first(
             # 0 at run time: known indices would have every descriptor computed ahead and spilled
             a = num_pairs * zero
             b = a + 1
-            mbarrier.wait(barriers.index(LOW_READY + 0), phase)
-            fence_async_shared()
-            scores = first_scores(q.index(a), k.index(a), S)
-            mbarrier.wait(barriers.index(HIGH_READY + 0), phase)
-            fence_async_shared()
-            scores = add_scores(q.index(a + Q_HIGH), k.index(a + HIGH), scores)
-            if HAS_ROPE:
-                scores = add_scores(q_rope.index(a), k_rope.index(a), scores)
+            scores = _issue_scores(q, q_rope, k, k_rope, barriers, phase, a, 0, HAS_ROPE)
             scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(0).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
@@ -230,6 +239,7 @@ def attend_first(
 def attend_second(
     q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group, groups, h, s_q, empty_lse,
     results, scale_log2, zero, HAS_ROPE: gl.constexpr,
+    SCORES_FIRST: gl.constexpr,
 ):  # fmt: skip
     """Scores of the second block of each pair; output channels 256 to 511."""
     S: gl.constexpr = scores_layout()
@@ -252,6 +262,8 @@ def attend_second(
             phase = num_pairs & 1
             a = num_pairs * zero
             b = a + 1
+            if SCORES_FIRST:
+                scores = _issue_scores(q, q_rope, k, k_rope, barriers, phase, a, 1, HAS_ROPE)
             mbarrier.wait(barriers.index(HIGH_READY + 0), phase)
             mbarrier.wait(barriers.index(WEIGHTS_READY + 0), phase)
             fence_async_shared()
@@ -260,20 +272,26 @@ def attend_second(
             total = total * decay
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
             in_flight = warpgroup_mma(weights.index(a), k.index(a + HIGH), acc, is_async=True)
-            mbarrier.wait(barriers.index(LOW_READY + 1), phase)
-            fence_async_shared()
-            scores = first_scores(q.index(a), k.index(b), S)
-            acc = warpgroup_mma_wait(1, deps=[in_flight])
-            mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
-            mbarrier.wait(barriers.index(HIGH_READY + 1), phase)
-            fence_async_shared()
-            scores = add_scores(q.index(a + Q_HIGH), k.index(b + HIGH), scores)
-            if HAS_ROPE:
-                scores = add_scores(q_rope.index(a), k_rope.index(b), scores)
-            scores = warpgroup_mma_wait(0, deps=[scores])
+            if SCORES_FIRST:
+                scores = warpgroup_mma_wait(1, deps=[scores])
+            else:
+                mbarrier.wait(barriers.index(LOW_READY + 1), phase)
+                fence_async_shared()
+                scores = first_scores(q.index(a), k.index(b), S)
+                acc = warpgroup_mma_wait(1, deps=[in_flight])
+                mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
+                mbarrier.wait(barriers.index(HIGH_READY + 1), phase)
+                fence_async_shared()
+                scores = add_scores(q.index(a + Q_HIGH), k.index(b + HIGH), scores)
+                if HAS_ROPE:
+                    scores = add_scores(q_rope.index(a), k_rope.index(b), scores)
+                scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(1).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
             narrow = w.to(gl.bfloat16)
+            if SCORES_FIRST:
+                acc = warpgroup_mma_wait(0, deps=[in_flight])
+                mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
             weights.index(a).store(narrow)
             rows.index(DECAY + 1).store(decay)
             rows.index(MAXIMUM + 1).store(largest)

@@ -64,6 +64,8 @@ def attend_items(
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     HAS_ROPE: gl.constexpr = rope_desc is not None
+    # keys that are copied come before they are needed, keys that are converted after
+    SCORES_FIRST: gl.constexpr = IS_BF16
     k = gl.allocate_shared_memory(gl.bfloat16, [NUM_KEY_TILES, BLOCK, HALF], TILE)
     q = gl.allocate_shared_memory(gl.bfloat16, [2, HEADS, HALF], TILE)
     k_rope, q_rope, rope_queries = k, q, q_desc
@@ -119,6 +121,7 @@ def attend_items(
             (attend_second, (
                 q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group, groups,
                 h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
+                SCORES_FIRST,
             )),
         ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
     else:
@@ -133,6 +136,7 @@ def attend_items(
             (attend_second, (
                 q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group, groups,
                 h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
+                SCORES_FIRST,
             )),
             (gather_v32_keys if HAS_ROPE else gather_keys, (
                 1, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED,
