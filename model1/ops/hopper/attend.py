@@ -145,14 +145,16 @@ def _finish(
 
 @gluon.jit
 def _issue_scores(
-    q, q_rope, k, k_rope, barriers, phase, a, NUMBER: gl.constexpr, HAS_ROPE: gl.constexpr
-):
-    """Scores of a pair's block NUMBER as its halves come; to be waited for."""
-    mbarrier.wait(barriers.index(LOW_READY + NUMBER), phase)
+    q, q_rope, k, k_rope, barriers, phase, a, NUMBER: gl.constexpr, HAS_ROPE: gl.constexpr,
+    IS_COPIED: gl.constexpr,
+):  # fmt: skip
+    """Scores of a pair's block NUMBER, which copies bring in halves; to be waited for."""
+    mbarrier.wait(barriers.index((LOW_READY if IS_COPIED else HIGH_READY) + NUMBER), phase)
     fence_async_shared()
     scores = first_scores(q.index(a), k.index(a + NUMBER), scores_layout())
-    mbarrier.wait(barriers.index(HIGH_READY + NUMBER), phase)
-    fence_async_shared()
+    if IS_COPIED:
+        mbarrier.wait(barriers.index(HIGH_READY + NUMBER), phase)
+        fence_async_shared()
     scores = add_scores(q.index(a + Q_HIGH), k.index(a + (HIGH + NUMBER)), scores)
     if HAS_ROPE:
         scores = add_scores(q_rope.index(a), k_rope.index(a + NUMBER), scores)
@@ -163,6 +165,7 @@ def _issue_scores(
 def attend_first(
     q_desc, rope_desc, q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group,
     groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr,
+    IS_COPIED: gl.constexpr,
 ):  # fmt: skip
     """Scores of the first block of each pair; output channels 0 to 255."""
     S: gl.constexpr = scores_layout()
@@ -194,7 +197,7 @@ def attend_first(
             # 0 at run time: known indices would have every descriptor computed ahead and spilled
             a = num_pairs * zero
             b = a + 1
-            scores = _issue_scores(q, q_rope, k, k_rope, barriers, phase, a, 0, HAS_ROPE)
+            scores = _issue_scores(q, q_rope, k, k_rope, barriers, phase, a, 0, HAS_ROPE, IS_COPIED)
             scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(0).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
@@ -209,7 +212,7 @@ def attend_first(
             acc = warpgroup_mma(gl.convert_layout(narrow, A), k.index(a), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(barriers.index(LOW_FREE + 0), count=1)
-            mbarrier.wait(barriers.index(LOW_READY + 1), phase)
+            mbarrier.wait(barriers.index((LOW_READY if IS_COPIED else HIGH_READY) + 1), phase)
             mbarrier.wait(barriers.index(WEIGHTS_READY + 1), phase)
             fence_async_shared()
             # both warp groups have their last scores: nobody reads the queries any more
@@ -237,9 +240,8 @@ def attend_first(
 
 @gluon.jit
 def attend_second(
-    q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group, groups, h, s_q, empty_lse,
-    results, scale_log2, zero, HAS_ROPE: gl.constexpr,
-    SCORES_FIRST: gl.constexpr,
+    q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group, groups, h, s_q,
+    empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr, IS_COPIED: gl.constexpr,
 ):  # fmt: skip
     """Scores of the second block of each pair; output channels 256 to 511."""
     S: gl.constexpr = scores_layout()
@@ -262,8 +264,10 @@ def attend_second(
             phase = num_pairs & 1
             a = num_pairs * zero
             b = a + 1
-            if SCORES_FIRST:
-                scores = _issue_scores(q, q_rope, k, k_rope, barriers, phase, a, 1, HAS_ROPE)
+            if IS_COPIED:
+                scores = _issue_scores(
+                    q, q_rope, k, k_rope, barriers, phase, a, 1, HAS_ROPE, IS_COPIED
+                )
             mbarrier.wait(barriers.index(HIGH_READY + 0), phase)
             mbarrier.wait(barriers.index(WEIGHTS_READY + 0), phase)
             fence_async_shared()
@@ -272,24 +276,19 @@ def attend_second(
             total = total * decay
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
             in_flight = warpgroup_mma(weights.index(a), k.index(a + HIGH), acc, is_async=True)
-            if SCORES_FIRST:
+            if IS_COPIED:
                 scores = warpgroup_mma_wait(1, deps=[scores])
             else:
-                mbarrier.wait(barriers.index(LOW_READY + 1), phase)
-                fence_async_shared()
-                scores = first_scores(q.index(a), k.index(b), S)
-                acc = warpgroup_mma_wait(1, deps=[in_flight])
+                scores = _issue_scores(
+                    q, q_rope, k, k_rope, barriers, phase, a, 1, HAS_ROPE, IS_COPIED
+                )
+                acc = warpgroup_mma_wait(3 if HAS_ROPE else 2, deps=[in_flight])
                 mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
-                mbarrier.wait(barriers.index(HIGH_READY + 1), phase)
-                fence_async_shared()
-                scores = add_scores(q.index(a + Q_HIGH), k.index(b + HIGH), scores)
-                if HAS_ROPE:
-                    scores = add_scores(q_rope.index(a), k_rope.index(b), scores)
                 scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(1).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
             narrow = w.to(gl.bfloat16)
-            if SCORES_FIRST:
+            if IS_COPIED:
                 acc = warpgroup_mma_wait(0, deps=[in_flight])
                 mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
             weights.index(a).store(narrow)

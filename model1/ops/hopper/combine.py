@@ -11,7 +11,6 @@ from model1.ops.hopper.overlap import wait_for_predecessor
 from model1.ops.online_softmax import LOWEST_LOGIT, merge_step
 from model1.ops.sparse_decode.portable_kernel import store_lse, weight_and_lse
 
-_STEP = tl.constexpr(8)  # partial results of one step of the merge
 _HEADS = tl.constexpr(64)
 _CHANNELS = tl.constexpr(512)
 
@@ -20,12 +19,14 @@ _CHANNELS = tl.constexpr(512)
 def _flash_fwd_mla_combine_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr, bounds_ptr, spans_ptr,
     first_row, h, groups, num_programs, empty_lse, BLOCK_G: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row, if it was split."""
+    """BLOCK_C channels of one head of one row, if it was split; BLOCK_S partial results a step."""
     if OVERLAPS:
         wait_for_predecessor()
-    row, head = tl.program_id(0) // h, tl.program_id(0) % h
+    piece = tl.program_id(0) % (_CHANNELS // BLOCK_C)
+    row_head = tl.program_id(0) // (_CHANNELS // BLOCK_C)
+    row, head = row_head // h, row_head % h
     start, end = tl.load(spans_ptr + 2 * row), tl.load(spans_ptr + 2 * row + 1)
     program = tl.arange(0, BLOCK_G)
     is_program = program < num_programs
@@ -36,11 +37,11 @@ def _flash_fwd_mla_combine_kernel(
     last = tl.max(tl.where(has_part, program, -1), 0)
     if last <= first:
         return
-    channel = tl.arange(0, _CHANNELS)
+    channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
     row_max, row_sum = LOWEST_LOGIT, 0.0
-    acc = tl.zeros([_CHANNELS], tl.float32)
-    for begin in range(first, last + 1, _STEP):
-        part = begin + tl.arange(0, _STEP)
+    acc = tl.zeros([BLOCK_C], tl.float32)
+    for begin in range(first, last + 1, BLOCK_S):
+        part = begin + tl.arange(0, BLOCK_S)
         is_part = part <= last
         from_ = tl.load(bounds_ptr + part, mask=is_part, other=0)
         is_part &= tl.load(bounds_ptr + part + 1, mask=is_part, other=0) > from_
@@ -54,6 +55,7 @@ def _flash_fwd_mla_combine_kernel(
         acc, row_max, row_sum = merge_step(lse, partial, acc, row_max, row_sum)
     weight, lse = weight_and_lse(row_max, row_sum, sink_ptr, head, head < h)
     row_head = (first_row + row).to(tl.int64) * h + head
-    store_lse(lse_ptr + row_head, lse, head < h, empty_lse)
+    if piece == 0:
+        store_lse(lse_ptr + row_head, lse, head < h, empty_lse)
     out = (acc * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row_head * _CHANNELS + channel, out)

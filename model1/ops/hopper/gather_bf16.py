@@ -52,7 +52,7 @@ def gather_bf16_keys(
     items, lists, main, extra, k, k_rope, bias, barriers,
     hidden, HAS_ROPE: gl.constexpr, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
-    """Keep keys coming: slots two blocks ahead. Asking the L2 cache for rows one ahead made it slower.
+    """Keep keys coming: slots two blocks ahead; asking the L2 cache for rows made it slower.
 
     Rotary channels have a tile of their own, which is free when both others are.
     """

@@ -23,7 +23,7 @@ from model1.ops.hopper.rows_model1 import (
     row_pointers,
     side_by_side,
 )
-from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE, LOW_READY
+from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE
 
 
 @gluon.jit
@@ -33,7 +33,8 @@ def _pointers(slot, cache):
 
 @gluon.jit
 def gather_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED: gl.constexpr,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k, k_rope, bias, barriers, hidden,
+    IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -91,7 +92,6 @@ def gather_keys(
             low.slice(64, 64, dim=1).store(
                 side_by_side(convert_codes(x2, scale_low, 2), convert_codes(x3, scale_low, 3))
             )
-            mbarrier.arrive(barriers.index(LOW_READY + buffer), count=1)
             scale_low = gl.load(next_scales, mask=exists, other=0)
             x0 = load_codes(rows, exists, 0)
             x1 = load_codes(rows, exists, 1)

@@ -21,7 +21,7 @@ from model1.ops.hopper.rows_v32 import (
     prefetch_v32_rows,
     v32_rows,
 )
-from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE, LOW_READY
+from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE
 
 
 @gluon.jit
@@ -31,7 +31,8 @@ def _rows(slot, cache):
 
 @gluon.jit
 def gather_v32_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED: gl.constexpr,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k, k_rope, bias, barriers, hidden,
+    IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -86,7 +87,6 @@ def gather_v32_keys(
             low.slice(64, 64, dim=1).store(
                 side_by_side(convert_v32_codes(x2, s1), convert_v32_codes(x3, s1))
             )
-            mbarrier.arrive(barriers.index(LOW_READY + buffer), count=1)
             s0, s1 = load_scale(rows, exists, 0), load_scale(rows, exists, 1)
             x0 = load_codes(rows, exists, 0)
             x1 = load_codes(rows, exists, 1)

@@ -4,10 +4,10 @@
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
 """Attention over gathered keys on Hopper: one persistent program per SM and 64 heads.
 
-Two warp groups attend; one copies keys that are bf16, or two convert what a cache holds. Keys come in blocks of 64 tokens, two
-at a time, a and b. Warp group `attend_first` computes the scores of a and owns output channels 0
-to 255, `attend_second` the scores of b and channels 256 to 511; each hands its weights to the
-other. docs/kernels_hopper.md has barriers, budgets and reasons.
+Two warp groups attend; one copies keys that are bf16, or two convert what a cache holds. Keys come
+in blocks of 64 tokens, two at a time, a and b. Warp group `attend_first` computes the scores of a and
+owns output channels 0 to 255, `attend_second` the scores of b and channels 256 to 511; each hands
+its weights to the other. docs/kernels_hopper.md has barriers, budgets and reasons.
 """
 
 from __future__ import annotations
@@ -64,8 +64,6 @@ def attend_items(
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     HAS_ROPE: gl.constexpr = rope_desc is not None
-    # keys that are copied come before they are needed, keys that are converted after
-    SCORES_FIRST: gl.constexpr = IS_BF16
     k = gl.allocate_shared_memory(gl.bfloat16, [NUM_KEY_TILES, BLOCK, HALF], TILE)
     q = gl.allocate_shared_memory(gl.bfloat16, [2, HEADS, HALF], TILE)
     k_rope, q_rope, rope_queries = k, q, q_desc
@@ -80,7 +78,7 @@ def attend_items(
     barriers = gl.allocate_shared_memory(gl.int64, [NUM_BARRIERS, 1], BARRIER)
     for i in gl.static_range(2):
         # what is copied arrives thread by thread: all channels, or the rotary of V3.2's rows
-        mbarrier.init(barriers.index(LOW_READY + i), count=128 if IS_BF16 else 2)
+        mbarrier.init(barriers.index(LOW_READY + i), count=128)
         mbarrier.init(
             barriers.index(HIGH_READY + i),
             count=1 + 128 if IS_BF16 else 2 + 256 if HAS_ROPE else 2,
@@ -115,13 +113,13 @@ def attend_items(
                 items, lists, main, extra, k, k_rope, bias, barriers, hidden, HAS_ROPE, IS_PAGED,
             )),
             (attend_first, (
-                q_desc, rope_queries, q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc,
-                items, group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
+                q_desc, rope_queries, q, q_rope, k, k_rope, weights, numbers, bias, barriers,
+                out_desc, items, group, groups, h, s_q, empty_lse, results, scale_log2, zero,
+                HAS_ROPE, IS_BF16,
             )),
             (attend_second, (
-                q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group, groups,
-                h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
-                SCORES_FIRST,
+                q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group,
+                groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE, IS_BF16,
             )),
         ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
     else:
@@ -130,13 +128,13 @@ def attend_items(
                 0, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED,
             )),
             (attend_first, (
-                q_desc, rope_queries, q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc,
-                items, group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
+                q_desc, rope_queries, q, q_rope, k, k_rope, weights, numbers, bias, barriers,
+                out_desc, items, group, groups, h, s_q, empty_lse, results, scale_log2, zero,
+                HAS_ROPE, IS_BF16,
             )),
             (attend_second, (
-                q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group, groups,
-                h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE,
-                SCORES_FIRST,
+                q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group,
+                groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE, IS_BF16,
             )),
             (gather_v32_keys if HAS_ROPE else gather_keys, (
                 1, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED,

@@ -28,6 +28,7 @@ COMBINE_WARPS = 4
 OVERLAPS: dict[str, Any] = {"OVERLAPS": True}
 FP8_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 BF16_OPTIONS = {"num_warps": 4, "maxnreg": 168}
+SPILL_LIMIT_BYTES = 88  # of the kernels that convert; docs/kernels_hopper.md says where
 
 
 def tensor_map(x: Tensor, channels: int) -> TensorDescriptor:
@@ -62,16 +63,23 @@ def partial_results(
     )
 
 
+def merge_sizes(has_many: bool) -> dict[str, Any]:
+    """A program merges all of a row from few parts, or some of its channels from many."""
+    return {"BLOCK_S": 32, "BLOCK_C": 128} if has_many else {"BLOCK_S": 8, "BLOCK_C": CHANNELS}
+
+
 def launch_merge(
     plan: Tensor | Split | None, out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor,
     attn_sink: Tensor | None, rows: int, h: int, groups: int, num_programs: int, empty_lse: float,
 ) -> None:  # fmt: skip
     """Add up what programs found out about parts of a row, if rows are split."""
     if isinstance(plan, Split):
-        _flash_fwd_mla_combine_kernel[((rows - plan.first_row) * h,)](
+        num_rows = rows - plan.first_row
+        sizes = merge_sizes(num_programs > 8 * num_rows)
+        _flash_fwd_mla_combine_kernel[(num_rows * h * CHANNELS // sizes["BLOCK_C"],)](
             out, lse, partial, partial_lse, attn_sink, plan.bounds, plan.spans, plan.first_row, h,
             groups, num_programs, empty_lse, BLOCK_G=triton.next_power_of_2(num_programs),
-            **OVERLAPS, **launch_options(COMBINE_WARPS, 1), **OVERLAP,
+            **sizes, **OVERLAPS, **launch_options(COMBINE_WARPS, 1), **OVERLAP,
         )  # fmt: skip
 
 
@@ -85,7 +93,9 @@ _TYPES = {
     "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "main_cache": "*u8",
     "extra_cache": "*u8", "items_ptr": "*i32", "main_slots": "*i32", "extra_slots": "*i32",
     "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
-    "topk_indices_ptr": "*i32", "block_table_ptr": "*i32", "cache_ptr": "*u8", "kv_ptr": "*u8", "scale_log2": "fp32", "empty_lse": "fp32",
+    "topk_indices_ptr": "*i32",
+    "block_table_ptr": "*i32", "cache_ptr": "*u8", "kv_ptr": "*u8", "scale_log2": "fp32",
+    "empty_lse": "fp32",
 }  # fmt: skip
 
 

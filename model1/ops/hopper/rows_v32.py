@@ -4,8 +4,8 @@
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
 """V3.2's cached rows of 512 codes, four fp32 scales and 64 rotary channels in bf16.
 
-The same lanes have the same channels as in `model1.ops.hopper.rows_model1`; a scale belongs to two of
-its pieces of 64 codes. Source of the bytes: docs/kv_layout.md.
+The same lanes have the same channels as in `model1.ops.hopper.rows_model1`; a scale belongs to
+two of its pieces of 64 codes. Source of the bytes: docs/kv_layout.md.
 """
 
 from __future__ import annotations

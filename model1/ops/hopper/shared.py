@@ -13,8 +13,8 @@ from __future__ import annotations
 from triton.experimental.gluon import language as gl
 
 # Barriers; of two, for the first and the second of a pair of buffers.
-LOW_READY = gl.constexpr(0)  # two: keys' channels 0 to 255 are there
-HIGH_READY = gl.constexpr(2)  # two: the others too, and the bias
+LOW_READY = gl.constexpr(0)  # two: channels 0 to 255 of keys that are copied are there
+HIGH_READY = gl.constexpr(2)  # two: all channels and the bias
 LOW_FREE = gl.constexpr(4)  # two
 HIGH_FREE = gl.constexpr(6)  # two
 WEIGHTS_READY = gl.constexpr(8)  # two: of the first and of the second attending warp group
@@ -22,7 +22,7 @@ QUERIES_READY = gl.constexpr(10)
 TOTALS_READY = gl.constexpr(11)
 NUM_BARRIERS = gl.constexpr(12)
 
-# Tiles of keys, 64 tokens x 256 channels: two of low channels, two of high ones; of queries one each.
+# Tiles of keys, 64 tokens x 256 channels: two of low channels, two of high ones; queries one each.
 LOW = gl.constexpr(0)
 HIGH = gl.constexpr(2)
 NUM_KEY_TILES = gl.constexpr(4)

@@ -21,6 +21,7 @@ from model1.ops.hopper.launch import (
     FP8,
     FP8_OPTIONS,
     HEADS,
+    SPILL_LIMIT_BYTES,
     addressing,
     compile_case,
     launch_merge,
@@ -109,7 +110,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     cases = []
     for name, rows, options in (("bf16", BF16, BF16_OPTIONS), ("fp8", FP8, FP8_OPTIONS)):
         limits: dict[str, Any] = {**launch_options(4, 1), "max_registers": options["maxnreg"]}
-        limits["spill_limit_bytes"] = 0 if name == "bf16" else 72
+        limits["spill_limit_bytes"] = SPILL_LIMIT_BYTES if name == "fp8" else 8
         for d, special in ((512, {"rope_desc": None}), (576, {})):
             for causal in (False, True):
                 constants = rows | special | {"IS_CAUSAL": causal}

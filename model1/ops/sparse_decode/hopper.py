@@ -22,9 +22,11 @@ from model1.ops.hopper.launch import (
     FP8_OPTIONS,
     HEADS,
     OVERLAPS,
+    SPILL_LIMIT_BYTES,
     addressing,
     compile_case,
     launch_merge,
+    merge_sizes,
     partial_results,
     tensor_map,
 )
@@ -112,8 +114,9 @@ def _launch(
         tensor_map(q, 256), tensor_map(q, 64) if has_rope else None, tensor_map(out, 256),
         lse, partial, partial_lse, attn_sink, items,
         item_stride, main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
-        main.kv_cache, *addressing(*main.addressing), extra.kv_cache, *addressing(*extra.addressing), h, s_q, groups,
-        b * s_q, topk, extra_topk, scale_log2, empty_lse, 0,
+        main.kv_cache, *addressing(*main.addressing), extra.kv_cache,
+        *addressing(*extra.addressing), h, s_q, groups, b * s_q, topk, extra_topk, scale_log2,
+        empty_lse, 0,
         **(BF16 | BF16_OPTIONS if is_bf16 else FP8 | FP8_OPTIONS),
         **(OVERLAP if items is not None else {}),
     )  # fmt: skip
@@ -146,21 +149,18 @@ def _plan(
     return None if rounds is None else split_items(lists, num_programs, rounds)
 
 
-# docs/kernels_hopper.md says where
-_SPILL_LIMIT_BYTES = 72
-
-
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Attention with and without a sink, the merge and both schedules, on Hopper alone."""
     if target != KernelTarget("cuda", 90):
         return []
     kernel, merge = _flash_fwd_splitkv_mla_fp8_sparse_kernel, _flash_fwd_mla_combine_kernel
     main = {**launch_options(4, 1), "max_registers": FP8_OPTIONS["maxnreg"]}
-    main["spill_limit_bytes"] = _SPILL_LIMIT_BYTES
+    main["spill_limit_bytes"] = SPILL_LIMIT_BYTES
     bf16 = {**launch_options(4, 1), "max_registers": BF16_OPTIONS["maxnreg"]}
     small = launch_options(COMBINE_WARPS, 1)
     model1 = FP8 | {"rope_desc": None}
     sizes = OVERLAPS | {"BLOCK_G": 256}
+    few, many = merge_sizes(False), merge_sizes(True)
     split = OVERLAPS | {"BLOCK_R": 256, "length_ptr": None, "extra_length_ptr": None}
     return [
         compile_case("sparse_decode MODEL1 sink", kernel, model1, main),
@@ -170,7 +170,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         compile_case("sparse_decode V32 even", kernel, FP8 | {"items_ptr": None}, main),
         compile_case("sparse_decode bf16 512", kernel, BF16 | {"rope_desc": None}, bf16),
         compile_case("sparse_decode bf16 576", kernel, BF16, bf16),
-        compile_case("combine", merge, sizes, small),
+        compile_case("combine", merge, sizes | few, small),
+        compile_case("combine of many", merge, sizes | many, small),
         compile_case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),
         compile_case("split items", _split_items_kernel, split, small),
     ]
