@@ -218,7 +218,7 @@ def run(
         try:
             row = measure(name, config, num_steps=options.steps, warmup=options.warmup,
                           profile=options.profile)  # fmt: skip
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # the others may still run
+        except Exception as error:  # whatever keeps one from running, the others still may
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             complete = False
         else:
