@@ -13,22 +13,17 @@ and one that cannot run shows why. `--record` appends the rows to benchmarks/res
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import importlib
-import json
-import re
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.cases import MODULES, Call, Case
-from benchmarks.gate import ROOT, run_tests, tree_name
+from benchmarks.gate import run_tests, tree_name
+from benchmarks.record import append_rows, circumstances
 from model1.testing.timing import Ceilings, Timing, measure_ceilings, time_call
 
 OPERATORS = {module.OPERATOR: module for module in MODULES}
@@ -92,21 +87,6 @@ def format_row(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def record(rows: list[dict[str, Any]], ceilings: Ceilings, commit: str) -> Path:
-    """Append the rows with what they were measured on."""
-    gpu = torch.cuda.get_device_name()
-    about = {
-        "gpu": gpu, "torch": torch.__version__, "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
-        **asdict(ceilings),
-    }  # fmt: skip
-    path = ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9]+', '_', gpu.lower())}.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | about) + "\n" for row in rows)
-    return path
-
-
 def main() -> None:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -146,7 +126,8 @@ def main() -> None:
             print(format_row(rows[-1]), flush=True)
             torch.cuda.empty_cache()
     if options.record:
-        print(f"recorded in {record(rows, ceilings, commit)}")
+        about = circumstances("benchmarks.run", commit) | asdict(ceilings)
+        print(f"recorded in {append_rows(rows, about)}")
 
 
 if __name__ == "__main__":

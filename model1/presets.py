@@ -171,3 +171,37 @@ def _code_small_engram(compressed_vocab_size: int) -> EngramConfig:
         engram_seed=0,
         short_conv=False,
     )
+
+
+def small_100m(*, vocab_size: int = 8192, compressed_vocab_size: int) -> ModelConfig:
+    """About 100 million parameters without its 21 million of Engram rows, every part on.
+
+    The model whose training step is compared with a plain transformer's
+    (`python -m benchmarks.training_step`): 12 layers of 768 channels as in GPT-2 small. Six heads
+    of 128 latent channels score and sum as many channels as that transformer's heads together; 128
+    because FlexAttention works on channels rounded up to a power of two.
+    """
+    base = code_small(compressed_vocab_size=compressed_vocab_size)
+    assert base.engram is not None
+    assert base.mhc is not None
+    return dataclasses.replace(
+        base,
+        vocab_size=vocab_size,
+        hidden_size=768,
+        num_hidden_layers=12,
+        intermediate_size=2688,
+        attention=dataclasses.replace(
+            base.attention,
+            q_lora_rank=384,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=64,
+            o_lora_rank=256,
+        ),
+        mhc=dataclasses.replace(base.mhc, hc_sinkhorn_iters=20),
+        engram=dataclasses.replace(
+            base.engram,
+            engram_layer_ids=(1, 5),
+            engram_head_dim=64,
+            engram_vocab_size=20000,
+        ),
+    )

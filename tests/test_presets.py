@@ -170,6 +170,16 @@ def test_every_preset_has_an_8_bit_cache_layout(name: str) -> None:
     assert full.bytes_per_token == 4 * a.latent_dim
 
 
+def test_the_hundred_million_model_has_every_part_on_and_an_8_bit_cache() -> None:
+    config = presets.small_100m(compressed_vocab_size=6000)
+    assert switches(config) == switches(presets.code_small(compressed_vocab_size=6000))
+    with torch.device("meta"):
+        counts = make(config).num_parameters()
+    assert counts["total"] - counts["tables"] == pytest.approx(100e6, rel=0.03)
+    a = config.attention
+    assert kv_layout("fp8", a.form, a.latent_nope_dim, a.qk_rope_head_dim).bytes_per_token == 200
+
+
 def test_presets_are_independent_values() -> None:
     assert presets.tiny() == presets.tiny()
     assert presets.tiny() is not presets.tiny()

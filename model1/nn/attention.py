@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.gate = OutputGate(config) if config.vvpa.output_gate else None
         self.temperature = LogTemperature(config) if config.vvpa.log_temperature else None
         self.selector = LowRankSelector(config) if config.sparse is not None else None
-        self.joint = JointLinear()
+        self.joint = JointLinear(joins_training=True)
 
     @property
     def spec(self) -> AttendSpec:

@@ -65,6 +65,13 @@ def frequencies(config: ModelConfig) -> Tensor:
     )  # fmt: skip
 
 
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x of the host on the device; a GPU gets it after earlier work, for which no one waits."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def log_position(positions: Tensor, reference_length: int) -> Tensor:
     """ln((i + 1) / L0) of integer positions i [t] (not negative), L0 = reference_length; [t] fp32.
 
@@ -146,7 +153,7 @@ class FullContext:
         column = torch.arange(s, device=doc_starts.device)
         self.key_start, self.key_end = doc_starts, (column + 1).expand(b, s)
         self.positions = (column - doc_starts).flatten()
-        self.rotation = rotation(self.positions, frequencies(config).to(doc_starts.device))
+        self.rotation = rotation(self.positions, _sent(frequencies(config), doc_starts.device))
         self.log_position = log_position(self.positions, config.vvpa.reference_length)
         self.d_nope = config.attention.latent_nope_dim
         sparse = None if dense else config.sparse

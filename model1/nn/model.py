@@ -187,7 +187,10 @@ class Model(nn.Module):
             if isinstance(engram, Engram):
                 memory = engram.rows(ngram_token_ids, self.compression_table)
             x = layer(x, memory, context)
-        x = x if rows is None else x[rows]
+        return self.exit(x if rows is None else x[rows])
+
+    def exit(self, x: Tensor) -> Tensor:
+        """Streams [t, n, c] to the normalised [t, c] that the head reads."""
         return self.norm(x[:, 0] if self.mhc_head is None else self.mhc_head(x))
 
     def after_optimizer_step(self) -> None:

@@ -201,9 +201,10 @@ class PlainTransformer(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = positions[:, None] * self.get_buffer("frequencies")
         mask = self._mask(starts, positions)
+        cos, sin = angles.cos(), angles.sin()
         x = self.embed(input_ids)
         for layer in self.layers:
-            x = layer(x, angles.cos(), angles.sin(), mask)
+            x = layer(x, cos, sin, mask)
         return self.norm(x), {}
 
     def _mask(self, starts: Tensor, positions: Tensor) -> Tensor | BlockMask:
@@ -212,13 +213,9 @@ class PlainTransformer(nn.Module):
             return (causal & (positions >= starts[:, :, None]))[:, None]
 
         # Not at the top: importing it starts the compiler's machinery.
-        from torch.nn.attention.flex_attention import create_block_mask
+        from model1.ops.dense_attention.flex import packed_block_mask
 
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= k) & (k >= starts[b, q])
-
-        rows, length = starts.shape
-        return create_block_mask(visible, rows, None, length, length, device=starts.device)
+        return packed_block_mask(starts)
 
     def forward(self, input_ids: Tensor, *, doc_starts: Tensor | None = None) -> Tensor:
         """Logits [b, s, vocab]."""

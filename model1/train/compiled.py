@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from model1.nn.model import Model
 from model1.train.loss import ChunkLoss, Trainable, chunk_loss_sum
 
 RECOMPILE_LIMIT = 64
@@ -34,7 +35,7 @@ class CompiledModel:
 
 
 def compile_parts(model: nn.Module, how: str) -> tuple[Trainable, ChunkLoss]:
-    """What to train through: ("blocks") each of `model.layers` or ("model") all compiled.
+    """What to train through: ("blocks") each layer and the exit, or ("model") all compiled.
 
     Graphs are for one batch shape.
     """
@@ -49,6 +50,9 @@ def compile_parts(model: nn.Module, how: str) -> tuple[Trainable, ChunkLoss]:
     chunk_loss = torch.compile(chunk_loss_sum, dynamic=False)
     if how == "model":
         return CompiledModel(model), chunk_loss
-    for block in cast(nn.ModuleList, model.layers):
+    ahead = getattr(model, "mtp", None)
+    for block in [*cast(nn.ModuleList, model.layers), *([] if ahead is None else [ahead.block])]:
         block.compile(dynamic=False)
+    if isinstance(model, Model):
+        model.exit = torch.compile(model.exit, dynamic=False)
     return cast(Trainable, model), chunk_loss

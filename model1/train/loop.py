@@ -28,17 +28,17 @@ from model1.train.checkpoint import (
     rng_tensors,
     write_checkpoint,
 )
-from model1.train.compiled import autocast, compile_parts
+from model1.train.compiled import autocast
 from model1.train.config import TrainConfig
 from model1.train.data import PackedRows, RowStream, TokenCache, text_cache
 from model1.train.finetune import chat_cache
 from model1.train.log import RunLog, truncate_log
-from model1.train.loss import check_loss, count_targets, training_loss
+from model1.train.loss import check_loss
 from model1.train.models import build_model
-from model1.train.optim import Optimizer
 from model1.train.plot import plot_losses
 from model1.train.schedule import lr_factor, progress
 from model1.train.selector import fit_selector
+from model1.train.step import TrainStep
 from model1.train.valid import held_out_loss
 from model1.weights.device import resolve_device
 
@@ -65,16 +65,14 @@ class Trainer:
         check_loss(config.loss, model)
         self.stream, self.valid = self._open_data()
         self.model = model.to(self.device)
-        self.optimizer = Optimizer(self.model, config.optim)
+        self.train_step = TrainStep(self.model, config, self.device)
+        self.optimizer = self.train_step.optimizer
         self.progress = Progress()
         self._rate_mark = 0, 0.0  # tokens and seconds at the last report
         torch.manual_seed(config.seed)
         if resume:
             states = self.optimizer.state()
             self.progress = restore(found[-1], self.model, states, self.device)
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        self.trainable, self.chunk_loss = compile_parts(self.model, config.compile)
 
     def _open_data(self) -> tuple[RowStream, TokenCache | None]:
         data, seed = self.config.data, self.config.seed
@@ -140,32 +138,8 @@ class Trainer:
 
     def step(self, factor: float) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step at learning-rate `factor`: loss terms and gradient norm, on device."""
-        data, settings = self.config.data, self.config.loss
-        self.model.train()
-        whole = self.stream.batch(self.progress.rows, data.batch_rows)
-        counts = count_targets(whole)
-        share = data.micro_batch_rows / data.batch_rows
-        totals: dict[str, Tensor] = {}
-        for first in range(0, data.batch_rows, data.micro_batch_rows):
-            rows = slice(first, first + data.micro_batch_rows)
-            batch = type(whole)(*(part[rows] for part in whole)).to(self.device)
-            with autocast(self.device, self.config.precision):
-                terms = training_loss(
-                    self.trainable,
-                    batch,
-                    settings,
-                    counts=counts,
-                    share=share,
-                    chunk_loss=self.chunk_loss,
-                )
-            terms["loss"].backward()
-            for name, value in terms.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-        norm = self.optimizer.clip()
-        self.optimizer.step(factor)
-        if hasattr(self.model, "after_optimizer_step"):
-            cast(Any, self.model).after_optimizer_step()
-        return totals, norm
+        whole = self.stream.batch(self.progress.rows, self.config.data.batch_rows)
+        return self.train_step.gradients(whole), self.train_step.update(factor)
 
     def _report(self, log: RunLog, values: dict[str, float], factor: float) -> None:
         if not math.isfinite(values["loss"] + values["grad_norm"]):
@@ -202,7 +176,7 @@ class Trainer:
         if self.valid is None:
             return
         values = held_out_loss(
-            self.trainable,
+            self.train_step.trainable,
             self.model,
             self.valid,
             self.config.data,

@@ -21,6 +21,12 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
+def _fast(function: Any, device: torch.device) -> Any:
+    """Compiled on a GPU, unless the caller is being compiled with what it calls."""
+    is_plain = device.type != "cuda" or torch.compiler.is_compiling()
+    return function if is_plain else _compiled(function)
+
+
 def packed_block_mask(doc_starts: Tensor) -> BlockMask:
     """Causal mask inside each document; doc_starts [b, s] is the column where it begins."""
     b, s = doc_starts.shape
@@ -28,7 +34,8 @@ def packed_block_mask(doc_starts: Tensor) -> BlockMask:
     def visible(i_b: Tensor, _h: Tensor, i_q: Tensor, i_k: Tensor) -> Tensor:
         return (i_k <= i_q) & (i_k >= doc_starts[i_b, i_q])
 
-    return _compiled(create_block_mask)(visible, b, None, s, s, device=doc_starts.device)
+    make = _fast(create_block_mask, doc_starts.device)
+    return make(visible, b, None, s, s, device=doc_starts.device)
 
 
 def flex_dense_attention(
@@ -44,7 +51,20 @@ def flex_dense_attention(
 
     Returns out [b, s, h, value_dim]. The sink enters as out * sigmoid(lse - sink).
     """
-    out, aux = _compiled(flex_attention)(
+    # The sink is compiled along: by itself it would read and write `out` and its gradient
+    # several times more.
+    return _fast(_attend, q.device)(q, kv, block_mask, value_dim, softmax_scale, attn_sink)
+
+
+def _attend(
+    q: Tensor,
+    kv: Tensor,
+    block_mask: BlockMask,
+    value_dim: int,
+    softmax_scale: float,
+    attn_sink: Tensor | None,
+) -> Tensor:
+    out, aux = flex_attention(
         q.transpose(1, 2),
         kv[:, None],
         kv[:, None, :, :value_dim],
@@ -54,5 +74,6 @@ def flex_dense_attention(
         return_aux=AuxRequest(lse=True),
     )
     if attn_sink is not None:
+        assert aux.lse is not None
         out = out * torch.sigmoid(aux.lse - attn_sink[None, :, None])[..., None].to(out.dtype)
     return out.transpose(1, 2)
