@@ -15,10 +15,24 @@ def moe_route_ref(
     """See `model1.ops.moe.moe_route`."""
     # In fp32 softplus is 0 for logits under -100, where the root has no finite slope.
     affinity = F.softplus(logits.float()).clamp(min=1e-30).sqrt()
-    expert_ids = (affinity.detach() + balance_bias).topk(topk, dim=-1).indices
+    scores = affinity.detach() + balance_bias
+    # of equal scores the lower expert, which `topk` does not promise
+    expert_ids = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     weights = affinity.gather(-1, expert_ids)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights * scaling, expert_ids
+
+
+def moe_route_backward_ref(
+    grad: Tensor, weights: Tensor, expert_ids: Tensor, logits: Tensor, *, scaling: float
+) -> Tensor:
+    """The gradient of the logits; weights are those that the choice returned."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        affinity = F.softplus(logits.float()).clamp(min=1e-30).sqrt().gather(-1, expert_ids)
+        again = scaling * affinity / affinity.sum(dim=-1, keepdim=True)
+        (d_logits,) = torch.autograd.grad(again, logits, grad)
+    return d_logits
 
 
 def moe_experts_ref(
@@ -40,3 +54,26 @@ def moe_experts_ref(
         y = F.linear(swiglu(gate, up, swiglu_limit), down[expert_id].to(x.dtype))
         out = out.index_add(0, rows, y * weights[rows, choice, None].to(x.dtype))
     return out
+
+
+def moe_experts_backward_ref(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    swiglu_limit: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up and down; zero for experts without tokens."""
+    with torch.enable_grad():
+        leaves = [v.detach().requires_grad_() for v in (x, weights, gate_up, down)]
+        x, weights, gate_up, down = leaves
+        out = moe_experts_ref(x, weights, expert_ids, gate_up, down, swiglu_limit=swiglu_limit)
+        if not out.requires_grad:  # nobody chose anything
+            return tuple(torch.zeros_like(v) for v in leaves)  # pyright: ignore
+        d_x, d_weights, d_gate_up, d_down = torch.autograd.grad(
+            out, leaves, grad, allow_unused=True, materialize_grads=True
+        )
+    return d_x, d_weights, d_gate_up, d_down
