@@ -22,6 +22,7 @@ from model1.ops.kv_write.ref import norm_rope_store_ref
 from model1.ops.lowrank_attention.ref import lowrank_attention_ref
 from model1.ops.lowrank_remainder.ref import lowrank_remainder_ref
 from model1.ops.mha_prefill.ref import mha_prefill_backward_ref, mha_prefill_ref
+from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 from model1.ops.mhc.ref import (
     mhc_coefficients_backward_ref,
     mhc_coefficients_ref,
@@ -29,6 +30,12 @@ from model1.ops.mhc.ref import (
     mhc_collapse_ref,
     mhc_write_back_backward_ref,
     mhc_write_back_ref,
+)
+from model1.ops.moe.ref import (
+    moe_experts_backward_ref,
+    moe_experts_ref,
+    moe_route_backward_ref,
+    moe_route_ref,
 )
 from model1.ops.paged_decode.ref import paged_decode_ref
 from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
@@ -112,12 +119,18 @@ operators = {
     "lowrank_topk": lowrank_topk_ref,
     "mha_prefill": mha_prefill_ref,
     "mha_prefill_backward": mha_prefill_backward_ref,
+    "fp8_matmul": fp8_matmul_ref,
+    "fp8_quantize": fp8_quantize_ref,
     "mhc_coefficients": mhc_coefficients_ref,
     "mhc_coefficients_backward": mhc_coefficients_backward_ref,
     "mhc_collapse": mhc_collapse_ref,
     "mhc_collapse_backward": mhc_collapse_backward_ref,
     "mhc_write_back": mhc_write_back_ref,
     "mhc_write_back_backward": mhc_write_back_backward_ref,
+    "moe_experts": moe_experts_ref,
+    "moe_experts_backward": moe_experts_backward_ref,
+    "moe_route": moe_route_ref,
+    "moe_route_backward": moe_route_backward_ref,
     "norm_rope_store": norm_rope_store_ref,
     "paged_decode": paged_decode_ref,
     "quantize_and_store": quantize_and_store_ref,

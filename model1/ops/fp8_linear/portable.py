@@ -21,11 +21,9 @@ from model1.ops.kv_write.encode import fp32_to_e4m3
 from model1.ops.launch import device_target, launch_options
 
 GROUP = 128
-# tokens of a tile that is quantised along rows alone, and the warps of it and of a whole one; not
-# measured yet
+# Tokens of a tile that is quantised along rows alone, and its warps; not measured yet.
 ROWS_BLOCK_T, ROWS_WARPS = 32, 4
-WHOLE_WARPS = 8
-# whole tiles are held in registers twice, also turned around: fewer of a thread spill
+WHOLE_WARPS = 8  # of a tile that is quantised along columns as well, or as one block
 _KINDS = {"rows": 0, "both": 1, "blocks": 2}
 
 
@@ -42,10 +40,10 @@ def scale_and_inverse(amax, POWER_OF_TWO: tl.constexpr):
         scale = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     else:
-        largest = tl.where(amax == 0, 448.0, amax.to(tl.float32, bitcast=True))
-        # rounded to nearest, which plain divisions are not, and no less than 2^-126
-        scale = tl.maximum(tl.div_rn(largest, 448.0 + largest * 0), 1.1754943508222875e-38)
-        inverse = tl.div_rn(1.0 + largest * 0, scale)
+        # 1 / 448 in fp32, and no less than 2^-126
+        scale = amax.to(tl.float32, bitcast=True) * 0.0022321429569274187
+        scale = tl.where(amax == 0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
+        inverse = 1.0 / scale
     return tl.where(amax >= 0x7F800000, float("nan"), scale), inverse
 
 
@@ -66,18 +64,22 @@ def _quantize_kernel(
     groups = (c + GROUP - 1) // GROUP
     group = tl.program_id(0) % groups
     tile = tl.program_id(0) // groups
-    token = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channel = group * GROUP + tl.arange(0, GROUP)
-    is_channel = channel < c
-    where = token[:, None] * stride_x_t + channel.to(tl.int64)[None, :] * stride_x_c
-    x = tl.load(x_ptr + where, mask=(token < t)[:, None] & is_channel[None, :], other=0.0)
+    # of numbers in a tile 32 bits are enough, which saves registers; of tiles they are not
+    row, column = tl.arange(0, BLOCK_T), tl.arange(0, GROUP)
+    first, start = tile.to(tl.int64) * BLOCK_T, group.to(tl.int64) * GROUP
+    is_channel = column < c - start
+    x_ptr += first * stride_x_t + start * stride_x_c
+    where = row[:, None] * stride_x_t + column[None, :] * stride_x_c
+    x = tl.load(x_ptr + where, mask=(row < t - first)[:, None] & is_channel[None, :], other=0.0)
     x = x.to(tl.float32)
     # bits of magnitudes are in their order, NaN above all
     size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    store = codes_ptr + token[:, None] * c + channel[None, :]
-    store_t = codes_t_ptr + channel.to(tl.int64)[:, None] * columns + token[None, :]
-    is_stored = (token < rows)[:, None] & is_channel[None, :]
-    is_stored_t = is_channel[:, None] & (token < columns)[None, :]
+    is_row = row < rows - first
+    store = codes_ptr + (first * c + start) + (row[:, None] * c + column[None, :])
+    store_t = codes_t_ptr + (start * columns + first)
+    store_t += column[:, None] * columns + row[None, :]
+    is_stored = is_row[:, None] & is_channel[None, :]
+    is_stored_t = is_channel[:, None] & (row < columns - first)[None, :]
     if KIND == 2:
         amax = tl.max(tl.max(size, axis=1), axis=0)
         scale, inverse = scale_and_inverse(amax, POWER_OF_TWO)
@@ -90,19 +92,23 @@ def _quantize_kernel(
         amax = tl.max(size, axis=1)
         scale, inverse = scale_and_inverse(amax, POWER_OF_TWO)
         tl.store(store, codes_of(x, inverse[:, None], amax[:, None], NATIVE), mask=is_stored)
-        tl.store(scale_ptr + group.to(tl.int64) * stride_scale + token, scale, mask=token < rows)
+        tl.store(scale_ptr + group.to(tl.int64) * stride_scale + first + row, scale, mask=is_row)
         if KIND == 1:
             amax = tl.max(size, axis=0)
             scale, inverse = scale_and_inverse(amax, POWER_OF_TWO)
             codes = codes_of(x, inverse[None, :], amax[None, :], NATIVE)
             tl.store(store_t, tl.trans(codes), mask=is_stored_t)
-            tl.store(scale_t_ptr + tile.to(tl.int64) * c + channel, scale, mask=is_channel)
+            tl.store(scale_t_ptr + tile.to(tl.int64) * c + start + column, scale, mask=is_channel)
 
 
 def fp8_quantize_triton(
     x: Tensor, *, kind: str, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `model1.ops.fp8_linear.ref.fp8_quantize_ref`, with the same bits."""
+    """As `model1.ops.fp8_linear.ref.fp8_quantize_ref`: the same scales, and codes for "ue8m0".
+
+    With fp32 scales a number in the middle of two codes, but for rounding, may get the other one: a
+    GPU's plain division is not rounded to nearest.
+    """
     t, c = x.shape
     rows = t if kind == "blocks" else -(-t // 16) * 16
     columns = t if kind == "blocks" else -(-t // GROUP) * GROUP
@@ -120,7 +126,7 @@ def fp8_quantize_triton(
             scale.stride(0), scale_t.stride(0),
             KIND=_KINDS[kind], POWER_OF_TWO=power_of_two, BLOCK_T=block_t,
             NATIVE=_is_native(device_target(x.device)),
-            **launch_options(ROWS_WARPS if kind == "rows" else WHOLE_WARPS, 1),
+            **launch_options(_num_warps(kind), 1),
         )  # fmt: skip
     return results
 
@@ -143,6 +149,10 @@ def _empty_results(
     return codes, scale, codes_t, scale_t
 
 
+def _num_warps(kind: str) -> int:
+    return ROWS_WARPS if kind == "rows" else WHOLE_WARPS
+
+
 def _is_native(target: KernelTarget) -> bool:
     return target.has_fp8 and not knobs.runtime.interpret
 
@@ -161,7 +171,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
             "scale_t_ptr": "*fp32",
         }  # fmt: skip
         types |= dict.fromkeys(constants, "constexpr")
-        warps = ROWS_WARPS if kind == "rows" else WHOLE_WARPS
+        warps = _num_warps(kind)
         name = f"quantize {kind} {'ue8m0' if power_of_two else 'fp32'}"
         cases.append(CompileCase(name, _quantize_kernel, types, constants, warps, 1))
     return cases

@@ -79,7 +79,7 @@ def _scale(amax: Tensor, power_of_two: bool) -> Tensor:
         k = (exponent - 9 + (mantissa > 0.875)).clamp(-126, 127)
         scale = torch.ldexp(torch.ones_like(amax), k)
     else:
-        scale = (amax / FP8_E4M3_MAX).clamp(min=SMALLEST_SCALE)
+        scale = (amax * (1.0 / FP8_E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     scale = torch.where(amax == 0, 1.0, scale)
     return torch.where(torch.isfinite(amax), scale, torch.nan)
 

@@ -54,19 +54,21 @@ def _group_of_tile(tile, ends_ptr, m, NUM_GROUPS: tl.constexpr, GROUPS: tl.const
                    BLOCK_M: tl.constexpr):  # fmt: skip
     """Group, first row and end of its rows of a tile; group = NUM_GROUPS if there is no such tile.
 
-    GROUPS: NUM_GROUPS or more, a power of two.
+    GROUPS: NUM_GROUPS or more, a power of two; 0 for one group of all m rows.
     """
-    if NUM_GROUPS == 1 and GROUPS == 0:
-        return tile * 0, tile * BLOCK_M, m
-    index = tl.arange(0, GROUPS)
-    is_group = index < NUM_GROUPS
-    end = tl.load(ends_ptr + index, mask=is_group, other=0)
-    start = tl.load(ends_ptr + index - 1, mask=is_group & (index > 0), other=0)
-    tiles = tl.where(is_group, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
-    group = tl.sum((is_group & (tl.cumsum(tiles, 0) <= tile)).to(tl.int32))
-    before = tl.sum(tl.where(index < group, tiles, 0))
-    first = tl.sum(tl.where(index == group, start, 0)) + (tile - before) * BLOCK_M
-    return group, first, tl.sum(tl.where(index == group, end, 0))
+    if GROUPS == 0:
+        group, first, end_of_group = tile * 0, tile * BLOCK_M, m
+    else:
+        index = tl.arange(0, GROUPS)
+        is_group = index < NUM_GROUPS
+        end = tl.load(ends_ptr + index, mask=is_group, other=0)
+        start = tl.load(ends_ptr + index - 1, mask=is_group & (index > 0), other=0)
+        tiles = tl.where(is_group, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+        group = tl.sum((is_group & (tl.cumsum(tiles, 0) <= tile)).to(tl.int32))
+        before = tl.sum(tl.where(index < group, tiles, 0))
+        first = tl.sum(tl.where(index == group, start, 0)) + (tile - before) * BLOCK_M
+        end_of_group = tl.sum(tl.where(index == group, end, 0))
+    return group, first, end_of_group
 
 
 @triton.jit
@@ -74,13 +76,14 @@ def _factor(x, UNITS: tl.constexpr, INTERPRETED: tl.constexpr):
     """Codes (uint8, or FP8 for FP8_UNITS) as what `tl.dot` takes."""
     if UNITS == 1:
         # the older format gives a code half its value, and minus zero's code is its NaN
-        x = tl.where(x == 0x80, 0, x).to(tl.uint8)
-        return x.to(tl.float8e4b8, bitcast=True)
-    if UNITS == 2:
-        x = e4m3_to_fp32(x)
+        factor = tl.where(x == 0x80, 0, x).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
+    elif UNITS == 2:
         # the interpreter multiplies matrices in fp32 alone
-        return x if INTERPRETED else x.to(tl.bfloat16)
-    return x
+        FACTOR: tl.constexpr = tl.float32 if INTERPRETED else tl.bfloat16
+        factor = e4m3_to_fp32(x).to(FACTOR)
+    else:
+        factor = x
+    return factor
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -247,7 +250,7 @@ def choose_config(rows: int, dtype: torch.dtype, target: KernelTarget) -> Config
     """Tiles for about so many rows a group."""
     has_little = target.arch not in (80, 90, 100, "gfx950")
     if dtype.itemsize == 1:
-        return FP8_SMALL if has_little or rows < 32 else FP8
+        return FP8_SMALL if has_little or rows < 32 or _units(target) == WIDE else FP8
     if dtype == torch.float32:
         return FULL
     if rows < 32:
