@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model1.ops.engram.formats import engram_gather_ref
 from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref, engram_hash_ref
+from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 from model1.ops.kv_cache.ref import (
     gather_and_dequantize_ref,
@@ -22,7 +23,6 @@ from model1.ops.kv_write.ref import norm_rope_store_ref
 from model1.ops.lowrank_attention.ref import lowrank_attention_ref
 from model1.ops.lowrank_remainder.ref import lowrank_remainder_ref
 from model1.ops.mha_prefill.ref import mha_prefill_backward_ref, mha_prefill_ref
-from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 from model1.ops.mhc.ref import (
     mhc_coefficients_backward_ref,
     mhc_coefficients_ref,

@@ -1,4 +1,4 @@
-"""FP8 linear maps on the reference: quantisation by hand and in fp64, products, gradients, errors."""
+"""FP8 linear maps on the reference: quantisation by search in fp64, products, gradients."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def nearest(x: float) -> float:
     """The e4m3 number next to x; of two the one with an even last bit."""
     distance = min(abs(code - x) for code in E4M3)
     found = [code for code in E4M3 if abs(code - x) == distance]
-    even = [c for c in found if not int(torch.tensor(c).to(torch.float8_e4m3fn).view(torch.uint8)) & 1]
+    even = [
+        c for c in found if not int(torch.tensor(c).to(torch.float8_e4m3fn).view(torch.uint8)) & 1
+    ]
     return (even or found)[0]
 
 

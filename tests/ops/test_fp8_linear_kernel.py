@@ -176,11 +176,9 @@ def test_codes_of_minus_zero_and_scales_of_both_kinds() -> None:
         left = quantize(a, "rows", True, "ref")[:2]
         kind = "blocks" if b_is_blocks else "rows"
         right = quantize(torch.randn(48, 256).to(DEVICE), kind, False, "ref")[:2]
+        options = {"b_is_blocks": b_is_blocks, "out_dtype": FP32}
         got, want = (
-            fp8_matmul(
-                *left, *right, b_is_blocks=b_is_blocks, out_dtype=FP32, backend=name
-            )  # fmt: skip
-            for name in ("triton", "ref")
+            fp8_matmul(*left, *right, **options, backend=name) for name in ("triton", "ref")
         )
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

@@ -4,7 +4,7 @@ A program reads one tile, whose columns are one group of 128, and writes its cod
 and gradients, those of the transpose. Each number is read once; nothing depends on other tiles.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# pyright: reportMissingParameterType=none, reportAssignmentType=none
 
 from __future__ import annotations
 

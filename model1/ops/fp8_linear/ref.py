@@ -38,7 +38,12 @@ def fp8_quantize_ref(x: Tensor, *, kind: str, power_of_two: bool) -> Quantized:
         scale = _scale(amax, power_of_two)
         per_number = scale.repeat_interleave(GROUP, 0)[:t].repeat_interleave(GROUP, 1)[:, :c]
         codes = _codes(x, per_number)
-        return codes, _counted_by_4(scale), codes.t().clone(memory_format=torch.contiguous_format), _counted_by_4(scale.t())
+        return (
+            codes,
+            _counted_by_4(scale),
+            codes.t().clone(memory_format=torch.contiguous_format),
+            _counted_by_4(scale.t()),
+        )
     codes, scale = _quantize_along_rows(F.pad(x, (0, 0, 0, -t % 16)), power_of_two)
     if kind == "rows":
         return codes, scale, codes.new_empty(0), scale.new_empty(0)
@@ -56,19 +61,19 @@ def fp8_matmul_ref(
     """
     k = a.shape[1]
     left = a.float() * a_scale.t().repeat_interleave(GROUP, 1)[:, :k]
-    if b_is_blocks:
-        b_scale = b_scale.repeat_interleave(GROUP, 0)[: b.shape[0]]
-    else:
-        b_scale = b_scale.t()
+    blocks = b_scale.repeat_interleave(GROUP, 0)[: b.shape[0]] if b_is_blocks else None
+    b_scale = b_scale.t() if blocks is None else blocks
     right = b.float() * b_scale.repeat_interleave(GROUP, 1)[:, :k]
     return (left @ right.t()).to(out_dtype)
 
 
 def _quantize_along_rows(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    t, c = x.shape
+    c = x.shape[1]
     amax = F.pad(x, (0, -c % GROUP)).unflatten(1, (-1, GROUP)).abs().amax(dim=2)
     scale = _scale(amax, power_of_two)
-    return _codes(x, scale.repeat_interleave(GROUP, 1)[:, :c]), scale.t().clone(memory_format=torch.contiguous_format)
+    return _codes(x, scale.repeat_interleave(GROUP, 1)[:, :c]), scale.t().clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def _scale(amax: Tensor, power_of_two: bool) -> Tensor:

@@ -8,7 +8,8 @@ nothing. A row's bits depend on its own numbers and its group alone, not on its 
 codes are FP8 in groups of 128 along the sum: each group's product is scaled, then added in fp32.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# pyright: reportMissingParameterType=none, reportAssignmentType=none
+# pyright: reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
@@ -96,7 +97,9 @@ def _grouped_matmul_kernel(
     EVEN_K: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # SCALES: 0 none, 1 of groups along the sum for a and b, 2 for b of blocks 128 x 128
-    TILES_TOGETHER: tl.constexpr = 8  # row tiles that share columns of B while they are in the cache
+    TILES_TOGETHER: tl.constexpr = (
+        8  # row tiles that share columns of B while they are in the cache
+    )
     tiles_n = (n + BLOCK_N - 1) // BLOCK_N
     tiles_m = tl.num_programs(0) // tiles_n
     band = tl.program_id(0) // (TILES_TOGETHER * tiles_n)

@@ -48,9 +48,10 @@ EXPERTS_BACKWARD = Operator(
 
 
 def choose_experts_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, num_experts: int, widths: tuple[int, ...]
+    backend: str, device: torch.device, dtype: torch.dtype, num_experts: int,
+    widths: tuple[int, ...],
 ) -> str:  # fmt: skip
-    """The concrete backend of `moe_experts`; "auto" takes grouped_mm where PyTorch's is a kernel."""
+    """The concrete backend of `moe_experts`; "auto" takes grouped_mm where it runs."""
     if backend not in ("auto", "grouped_mm"):
         return EXPERTS.resolve(backend, device)
     refusal = grouped_mm_refusal(device)
@@ -118,8 +119,8 @@ def _experts(
     results = run(x, weights, expert_ids, gate_up, down, swiglu_limit=swiglu_limit)
     if not isinstance(results, Tensor):
         return results
-    integers = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
-    return results, x.new_empty(0), *integers, x.new_empty(0, dtype=torch.float32)
+    positions, ends = (x.new_empty(0, dtype=torch.int32) for _ in range(2))
+    return results, x.new_empty(0), positions, ends, x.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("model1::moe_experts_backward", mutates_args=())

@@ -3,7 +3,7 @@
 A token's bits depend on its own logits alone.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def moe_route_backward_triton(
 
 
 def _constants(num_experts: int, topk: int) -> dict[str, int]:
-    experts = triton.next_power_of_2(num_experts)
+    experts = int(triton.next_power_of_2(num_experts))
     return {
         "NUM_EXPERTS": num_experts, "TOPK": topk, "EXPERTS": experts,
         "BLOCK_T": max(1, ENTRIES // experts),

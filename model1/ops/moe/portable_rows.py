@@ -5,7 +5,7 @@ SwiGLU's result (the product that follows is linear), and the rows of a token's 
 fp32 in the order of the choices. Nothing is atomic.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def combine(
 
 
 def swiglu_rows(h: Tensor, row_weight: Tensor, ends: Tensor, limit: float | None) -> Tensor:
-    """weight silu(gate) up, [rows, m] of h [rows, 2 m]; rows behind the last end are not written."""
+    """weight silu(gate) up [rows, m] of h [rows, 2 m]; rows behind the last end: unwritten."""
     rows, m = h.shape[0], h.shape[1] // 2
     out = torch.empty(rows, m, dtype=h.dtype, device=h.device)
     block = min(SWIGLU_BLOCK, triton.next_power_of_2(m))
@@ -213,7 +213,11 @@ def swiglu_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result of `swiglu_rows`, d_h and d_row_weight; rows as there."""
     rows, m = grad.shape
-    out, d_h, d_row_weight = torch.empty_like(grad), torch.empty_like(h), torch.empty_like(row_weight)
+    out, d_h, d_row_weight = (
+        torch.empty_like(grad),
+        torch.empty_like(h),
+        torch.empty_like(row_weight),
+    )
     block = min(SWIGLU_BLOCK, triton.next_power_of_2(m))
     kernel: Any = _swiglu_back_kernel
     with torch.cuda.device_of(h):
@@ -235,7 +239,7 @@ def zero_empty(out: Tensor, ends: Tensor) -> None:
 
 def channel_block(c: int) -> tuple[int, int]:
     """Channels and warps of a program that moves rows of c channels."""
-    block = min(WIDEST, triton.next_power_of_2(c))
+    block = min(WIDEST, int(triton.next_power_of_2(c)))
     return block, max(1, min(8, block // 256))
 
 

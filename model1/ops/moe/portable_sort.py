@@ -124,7 +124,7 @@ def sort_choices(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(num_experts: int) -> tuple[int, int]:
-    block_e = min(EXPERTS, max(16, triton.next_power_of_2(num_experts)))
+    block_e = min(EXPERTS, max(16, int(triton.next_power_of_2(num_experts))))
     return block_e, TABLE // block_e
 
 

@@ -17,7 +17,8 @@ def moe_route_ref(
     affinity = F.softplus(logits.float()).clamp(min=1e-30).sqrt()
     scores = affinity.detach() + balance_bias
     # of equal scores the lower expert, which `topk` does not promise
-    expert_ids = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    best = scores.sort(dim=-1, descending=True, stable=True).indices
+    expert_ids = best[..., :topk].contiguous()
     weights = affinity.gather(-1, expert_ids)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights * scaling, expert_ids
@@ -27,12 +28,13 @@ def moe_route_backward_ref(
     grad: Tensor, weights: Tensor, expert_ids: Tensor, logits: Tensor, *, scaling: float
 ) -> Tensor:
     """The gradient of the logits; weights are those that the choice returned."""
-    with torch.enable_grad():
-        logits = logits.detach().requires_grad_()
-        affinity = F.softplus(logits.float()).clamp(min=1e-30).sqrt().gather(-1, expert_ids)
-        again = scaling * affinity / affinity.sum(dim=-1, keepdim=True)
-        (d_logits,) = torch.autograd.grad(again, logits, grad)
-    return d_logits
+    softplus = F.softplus(logits.float())
+    affinity = softplus.clamp(min=1e-30).sqrt()
+    total = affinity.gather(-1, expert_ids).sum(dim=-1, keepdim=True)
+    grad = (scaling * grad - (grad * weights).sum(dim=-1, keepdim=True)) / total
+    slope = torch.where(softplus < 1e-30, 0.0, logits.float().sigmoid() / (2 * affinity))
+    d_affinity = torch.zeros_like(slope).scatter(-1, expert_ids, grad)
+    return (d_affinity * slope).type_as(logits)
 
 
 def moe_experts_ref(
@@ -67,13 +69,31 @@ def moe_experts_backward_ref(
     swiglu_limit: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up and down; zero for experts without tokens."""
-    with torch.enable_grad():
-        leaves = [v.detach().requires_grad_() for v in (x, weights, gate_up, down)]
-        x, weights, gate_up, down = leaves
-        out = moe_experts_ref(x, weights, expert_ids, gate_up, down, swiglu_limit=swiglu_limit)
-        if not out.requires_grad:  # nobody chose anything
-            return tuple(torch.zeros_like(v) for v in leaves)  # pyright: ignore
-        d_x, d_weights, d_gate_up, d_down = torch.autograd.grad(
-            out, leaves, grad, allow_unused=True, materialize_grads=True
-        )
+    d_x, d_weights = torch.zeros_like(x), torch.zeros_like(weights)
+    d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+    for expert_id in range(gate_up.shape[0]):
+        rows, choice = torch.where(expert_ids == expert_id)
+        if rows.numel() == 0:
+            continue
+        first, second = gate_up[expert_id].to(x.dtype), down[expert_id].to(x.dtype)
+        gate, up = F.linear(x[rows], first).chunk(2, dim=-1)
+        act = swiglu(gate, up, swiglu_limit)
+        d_out = grad[rows] * weights[rows, choice, None].to(x.dtype)
+        d_weights[rows, choice] = (grad[rows] * F.linear(act, second)).sum(-1).type_as(weights)
+        d_h = _swiglu_backward(d_out @ second, gate, up, swiglu_limit)
+        d_down[expert_id] = (d_out.t() @ act).type_as(down)
+        d_gate_up[expert_id] = (d_h.t() @ x[rows]).type_as(gate_up)
+        d_x = d_x.index_add(0, rows, d_h @ first)
     return d_x, d_weights, d_gate_up, d_down
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """The gradient of gate and up, behind each other."""
+    kept_gate, kept_up = gate, up
+    if limit is not None:
+        kept_gate, kept_up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    sigmoid = kept_gate.sigmoid()
+    d_gate = grad * kept_up * sigmoid * (1 + kept_gate * (1 - sigmoid))
+    d_up = grad * kept_gate * sigmoid
+    d_gate, d_up = d_gate * (kept_gate == gate), d_up * (kept_up == up)
+    return torch.cat([d_gate, d_up], dim=-1)
