@@ -33,6 +33,7 @@ from model1.ops.mhc.ref import (
 )
 from model1.ops.moe.ref import (
     moe_experts_backward_ref,
+    moe_experts_fp8_ref,
     moe_experts_ref,
     moe_route_backward_ref,
     moe_route_ref,
@@ -129,6 +130,7 @@ operators = {
     "mhc_write_back_backward": mhc_write_back_backward_ref,
     "moe_experts": moe_experts_ref,
     "moe_experts_backward": moe_experts_backward_ref,
+    "moe_experts_fp8": moe_experts_fp8_ref,
     "moe_route": moe_route_ref,
     "moe_route_backward": moe_route_backward_ref,
     "norm_rope_store": norm_rope_store_ref,

@@ -45,9 +45,10 @@ def quantize_rows(
     """x_fp8 [t, c] and x_scale [t, ceil(c/128)] fp32 of x [t, c], groups of 128 along c.
 
     x_fp8 = e4m3(x * (1 / x_scale)), to nearest. "fp32": x_scale = max|group| times 1/448 in fp32.
-    "ue8m0": the smallest power of two that is not under max|group| / 448. Scales are at least 2^-126, 1 for a group of zeros.
-    A group with NaN or an infinity gets scale NaN and codes 0: all of it is NaN. The last group may
-    be shorter. x_scale has the tokens adjacent, as cuBLAS reads it.
+    "ue8m0": the smallest power of two that is not under max|group| / 448. Scales are at least
+    2^-126, 1 for a group of zeros. A group with NaN or an infinity gets scale NaN and codes 0: all
+    of it is NaN. The last group may be shorter. x_scale has the tokens adjacent, as cuBLAS reads
+    it. On a GPU "fp32" may give a number in the middle of two codes the other one.
 
     x: bf16, fp16 or fp32, any strides. Raises ValueError for others, BackendUnavailable for a
     backend that cannot run here and for "auto" on a GPU without FP8 units.

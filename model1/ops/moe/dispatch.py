@@ -46,6 +46,15 @@ EXPERTS_BACKWARD = Operator(
     },
 )
 
+EXPERTS_FP8 = Operator(
+    name="moe_experts_fp8",
+    implementations={
+        "ref": f"{_REF}:moe_experts_fp8_ref",
+        "triton": f"{_PORTABLE}_fp8:moe_experts_fp8_triton",
+    },
+    triton_min_capability=(8, 9),
+)
+
 
 def choose_experts_backend(
     backend: str, device: torch.device, dtype: torch.dtype, num_experts: int,
@@ -146,6 +155,27 @@ def _experts_backward(
     saved = (x, weights, gate_up, down, h, positions, ends, row_weight)
     needs = (True, True, needs_gate_up, needs_down)
     return run(grad, *saved, swiglu_limit=swiglu_limit, needs=needs)
+
+
+@torch.library.custom_op("model1::moe_experts_fp8", mutates_args=())
+def _experts_fp8(
+    x: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    swiglu_limit: float | None,
+    backend: str,
+) -> Tensor:
+    tensors = (x, weights, expert_ids, gate_up, gate_up_scale, down, down_scale)
+    return EXPERTS_FP8.load(backend)(*tensors, swiglu_limit=swiglu_limit)
+
+
+@_experts_fp8.register_fake
+def _(x: Tensor, *args: object) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @_route.register_fake

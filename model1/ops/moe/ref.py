@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model1.ops.activation import swiglu
+from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 
 
 def moe_route_ref(
@@ -97,3 +98,34 @@ def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, limit: float | None
     d_up = grad * kept_gate * sigmoid
     d_gate, d_up = d_gate * (kept_gate == gate), d_up * (kept_up == up)
     return torch.cat([d_gate, d_up], dim=-1)
+
+
+def moe_experts_fp8_ref(
+    x: Tensor,
+    weights: Tensor,
+    expert_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    *,
+    swiglu_limit: float | None,
+) -> Tensor:
+    """See `model1.ops.moe.fp8.moe_experts_fp8`."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert_id in range(gate_up.shape[0]):
+        rows, choice = torch.where(expert_ids == expert_id)
+        if rows.numel() == 0:
+            continue
+        h = _fp8_product(x[rows], gate_up[expert_id], gate_up_scale[expert_id])
+        gate, up = h.float().chunk(2, dim=-1)
+        act = swiglu(gate, up, swiglu_limit) * weights[rows, choice, None].float()
+        y = _fp8_product(act.type_as(x), down[expert_id], down_scale[expert_id])
+        out = out.index_add(0, rows, y.float())
+    return out.type_as(x)
+
+
+def _fp8_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    x_fp8, x_scale, _, _ = fp8_quantize_ref(x, kind="rows", power_of_two=True)
+    out = fp8_matmul_ref(x_fp8, x_scale, codes, scale, b_is_blocks=True, out_dtype=x.dtype)
+    return out[: x.shape[0]]
