@@ -338,7 +338,7 @@ def test_what_kernels_do_not_take_is_refused() -> None:
         moe_experts(x, weights, ids, gate_up[..., 1:], down, **options)
     with pytest.raises(ValueError, match=r"down must be \[4, 16, 8\], got \[3, 16, 8\]"):
         moe_experts(x, weights, ids, gate_up, down[1:], **options)
-    with pytest.raises(ValueError, match=r"x must be \[t, c\] in .*, got \[3, 16\] torch.float64"):
+    with pytest.raises(ValueError, match=r"x must be \[t, c\], .*, got \[3, 16\] torch.float64"):
         moe_experts(x.double(), weights, ids, gate_up, down, **options)
     with pytest.raises(ValueError, match=r"expert_ids must be int64, got torch\.int32"):
         moe_experts(x, weights, ids.int(), gate_up, down, **options)

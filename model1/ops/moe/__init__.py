@@ -40,7 +40,7 @@ def moe_route(
     name = ROUTE.resolve(_usable(backend, logits, logits.shape[-1]), logits.device)
     if name == "ref":
         return moe_route_ref(logits, balance_bias, topk=topk, scaling=scaling)
-    check_kernel_route(logits, balance_bias)
+    check_kernel_route(logits, balance_bias, name)
     return torch.ops.model1.moe_route(logits, balance_bias, topk, scaling, name)
 
 
@@ -77,7 +77,7 @@ def moe_experts(
     )
     if name == "ref":
         return moe_experts_ref(x, weights, expert_ids, gate_up, down, swiglu_limit=swiglu_limit)
-    check_kernel_experts(x, weights, expert_ids, gate_up, down)
+    check_kernel_experts(x, weights, expert_ids, gate_up, down, name)
     arguments = gate_up.to(x.dtype).contiguous(), down.to(x.dtype).contiguous(), swiglu_limit, name
     return torch.ops.model1.moe_experts(x, weights, expert_ids, *arguments)[0]
 

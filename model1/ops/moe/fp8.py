@@ -51,7 +51,7 @@ def moe_experts_fp8(
     do not fit and for x that needs a gradient, BackendUnavailable on a GPU without FP8 units.
     """
     check_experts(x, weights, expert_ids, gate_up.w_fp8, down.w_fp8)
-    check_kernel_experts(x, weights, expert_ids, gate_up.w_fp8, down.w_fp8)
+    check_kernel_experts(x, weights, expert_ids, gate_up.w_fp8, down.w_fp8, "triton")
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         raise ValueError("x and weights must not need gradients: moe_experts_fp8 has none")
     for name, part in (("gate_up", gate_up), ("down", down)):

@@ -1,4 +1,4 @@
-"""Routed experts on FP8 units: the kernels of `portable`, with rows quantised before each product."""
+"""Routed experts on FP8 units: the kernels of `portable`; rows are quantised before a product."""
 
 from __future__ import annotations
 
