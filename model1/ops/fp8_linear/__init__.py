@@ -91,9 +91,9 @@ def fp8_linear(
     both are multiples of 128; triton is for all others.
 
     Gradients: dy is quantised in groups of 128 along o for dx, and dy and x in groups of 128 tokens
-    for dw, so a token's bits of y and dx depend on its own numbers alone, dw on the order of
-    tokens. They are those of the unquantised map: rounding has slope 1. dw is in weight's dtype.
-    Differentiable once, the same bits every time. No tokens: y is empty, dw zero. Raises ValueError
+    for dw: of equally many tokens, each one's y and dx depend on its own numbers alone, dw on
+    their order. They are those of the unquantised map: rounding has slope 1. dw is in weight's
+    dtype. Differentiable once, the same bits every time. No tokens: y is empty, dw zero. Raises ValueError
     for shapes, dtypes and devices that do not fit.
     """
     check_choice("precision", precision, PRECISIONS)
