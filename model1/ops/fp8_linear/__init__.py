@@ -93,8 +93,8 @@ def fp8_linear(
     Gradients: dy is quantised in groups of 128 along o for dx, and dy and x in groups of 128 tokens
     for dw: of equally many tokens, each one's y and dx depend on its own numbers alone, dw on
     their order. They are those of the unquantised map: rounding has slope 1. dw is in weight's
-    dtype. Differentiable once, the same bits every time. No tokens: y is empty, dw zero. Raises ValueError
-    for shapes, dtypes and devices that do not fit.
+    dtype. Differentiable once, the same bits every time. No tokens: y is empty, dw zero. Raises
+    ValueError for shapes, dtypes and devices that do not fit.
     """
     check_choice("precision", precision, PRECISIONS)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
