@@ -18,6 +18,7 @@ import paged_decode_cases
 import sparse_decode_cases
 import sparse_prefill_cases
 import torch
+from expert_calls import fp8_linear_call, moe_experts_call, moe_route_call
 from lightning_cases import make_call
 from sparse_decode_cases import DEVICE, DTYPE
 from torch import Tensor
@@ -385,4 +386,8 @@ CALLS: dict[str, Callable[[int], Call]] = {
     ),
     "mhc_collapse": _mhc(mhc_collapse, "x pre"),
     "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
+    "fp8_linear": lambda seed: Call(**fp8_linear_call(seed)),
+    "moe_route": lambda seed: Call(**moe_route_call(seed)),
+    "moe_experts": lambda seed: Call(**moe_experts_call("triton")(seed)),
+    "moe_experts auto": lambda seed: Call(**moe_experts_call("auto")(seed)),
 }  # fmt: skip

@@ -11,9 +11,11 @@ from types import ModuleType
 from benchmarks.cases import (
     dense_decode,
     engram,
+    fp8_linear,
     kv_write,
     mha_prefill,
     mhc,
+    moe,
     selector,
     sparse_decode,
     sparse_prefill,
@@ -29,6 +31,8 @@ MODULES: tuple[ModuleType, ...] = (
     mhc,
     selector,
     engram,
+    fp8_linear,
+    moe,
 )
 
 __all__ = ["MODULES", "Call", "Case", "Work", "own_work"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model1.ops.engram.formats import engram_gather_ref
 from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref, engram_hash_ref
+from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 from model1.ops.kv_cache.ref import (
     gather_and_dequantize_ref,
@@ -29,6 +30,13 @@ from model1.ops.mhc.ref import (
     mhc_collapse_ref,
     mhc_write_back_backward_ref,
     mhc_write_back_ref,
+)
+from model1.ops.moe.ref import (
+    moe_experts_backward_ref,
+    moe_experts_fp8_ref,
+    moe_experts_ref,
+    moe_route_backward_ref,
+    moe_route_ref,
 )
 from model1.ops.paged_decode.ref import paged_decode_ref
 from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
@@ -112,12 +120,19 @@ operators = {
     "lowrank_topk": lowrank_topk_ref,
     "mha_prefill": mha_prefill_ref,
     "mha_prefill_backward": mha_prefill_backward_ref,
+    "fp8_matmul": fp8_matmul_ref,
+    "fp8_quantize": fp8_quantize_ref,
     "mhc_coefficients": mhc_coefficients_ref,
     "mhc_coefficients_backward": mhc_coefficients_backward_ref,
     "mhc_collapse": mhc_collapse_ref,
     "mhc_collapse_backward": mhc_collapse_backward_ref,
     "mhc_write_back": mhc_write_back_ref,
     "mhc_write_back_backward": mhc_write_back_backward_ref,
+    "moe_experts": moe_experts_ref,
+    "moe_experts_backward": moe_experts_backward_ref,
+    "moe_experts_fp8": moe_experts_fp8_ref,
+    "moe_route": moe_route_ref,
+    "moe_route_backward": moe_route_backward_ref,
     "norm_rope_store": norm_rope_store_ref,
     "paged_decode": paged_decode_ref,
     "quantize_and_store": quantize_and_store_ref,

@@ -60,7 +60,9 @@ class MixtureOfExperts(nn.Module):
             topk=self.moe.num_experts_per_tok, scaling=self.moe.routed_scaling_factor,
         )  # fmt: skip
         if self.training and torch.is_grad_enabled():  # measuring in between does not count
-            self.load += torch.bincount(expert_ids.flatten(), minlength=len(self.load))
+            # counts in fp32 are exact, in any order; `bincount` would wait for the device
+            chosen = expert_ids.flatten()
+            self.load.scatter_add_(0, chosen, self.load.new_ones(chosen.shape))
         out = moe_experts(x, weights, expert_ids, self.gate_up, self.down, swiglu_limit=self.limit)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 

@@ -18,6 +18,8 @@ from model1.testing.targets import TARGETS
 MODULES = (
     "model1.ops.engram.portable",
     "model1.ops.engram.portable_rows",
+    "model1.ops.fp8_linear.portable",
+    "model1.ops.grouped_matmul.portable",
     "model1.ops.kv_cache.portable",
     "model1.ops.kv_write.portable",
     "model1.ops.lowrank_attention.portable",
@@ -26,6 +28,9 @@ MODULES = (
     "model1.ops.mhc.portable",
     "model1.ops.mhc.portable_backward",
     "model1.ops.mhc.portable_streams",
+    "model1.ops.moe.portable_route",
+    "model1.ops.moe.portable_rows",
+    "model1.ops.moe.portable_sort",
     "model1.ops.paged_decode.portable",
     "model1.ops.rope_gate.portable",
     "model1.ops.selector.portable",

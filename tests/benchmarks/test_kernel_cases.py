@@ -18,8 +18,10 @@ from benchmarks.cases import (
     Work,
     dense_decode,
     engram,
+    fp8_linear,
     kv_write,
     mha_prefill,
+    moe,
     own_work,
     sparse_decode,
     sparse_prefill,
@@ -182,6 +184,27 @@ def test_mha_prefill_and_flex_attention_agree(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # minutes otherwise
     work = mha_prefill.mha_work("forward", 32, 16, 2, 2, 12, CPU)
     assert_rivals_agree(work, {"flex", "sdpa"}, 1e-3)
+
+
+def test_fp8_linear_calls_run_and_are_near_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_linear, "fp8_linear", _on_ref(fp8_linear.fp8_linear))
+    for build in (fp8_linear.forward_work, fp8_linear.training_work):
+        assert_rivals_agree(build(20, 256, 128, CPU), {"bf16", "triton"}, 5e-3)
+
+
+def test_expert_calls_run_and_agree_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "moe_experts", _on_ref(moe.moe_experts))
+    for step in ("forward", "forward+backward"):
+        work = moe.layer_work(step, 20, 32, 16, 5, 2, CPU)
+        assert_rivals_agree(work, {"plain grouped_mm", "triton"}, 1e-3)
+    assert_rivals_agree(moe.route_work(9, 8, 2, CPU), {"pytorch"}, 1e-9)
+
+
+def _on_ref(function: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
+        return function(*args, **(options | {"backend": "ref"}))
+
+    return call
 
 
 def test_slots_are_distinct_tokens_of_their_own_request() -> None:
