@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model1.ops.activation import swiglu
+from model1.ops.activation.ref import swiglu_ref
 
 
 def moe_route_ref(
@@ -37,6 +37,6 @@ def moe_experts_ref(
         if rows.numel() == 0:
             continue
         gate, up = F.linear(x[rows], gate_up[expert_id].to(x.dtype)).chunk(2, dim=-1)
-        y = F.linear(swiglu(gate, up, swiglu_limit), down[expert_id].to(x.dtype))
+        y = F.linear(swiglu_ref(gate, up, swiglu_limit), down[expert_id].to(x.dtype))
         out = out.index_add(0, rows, y * weights[rows, choice, None].to(x.dtype))
     return out
