@@ -15,6 +15,7 @@ from typing import Any
 import lowrank_cases
 import mha_prefill_cases
 import paged_decode_cases
+import small_cases
 import sparse_decode_cases
 import sparse_prefill_cases
 import torch
@@ -386,3 +387,10 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "mhc_collapse": _mhc(mhc_collapse, "x pre"),
     "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
 }  # fmt: skip
+
+
+def _from_parts(build: Callable[[int], dict[str, Any]]) -> Callable[[int], Call]:
+    return lambda seed: Call(**build(seed))
+
+
+CALLS |= {name: _from_parts(build) for name, build in small_cases.PARTS.items()}

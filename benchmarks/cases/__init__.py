@@ -15,6 +15,7 @@ from benchmarks.cases import (
     mha_prefill,
     mhc,
     selector,
+    small_ops,
     sparse_decode,
     sparse_prefill,
 )
@@ -29,6 +30,7 @@ MODULES: tuple[ModuleType, ...] = (
     mhc,
     selector,
     engram,
+    small_ops,
 )
 
 __all__ = ["MODULES", "Call", "Case", "Work", "own_work"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model1.ops.activation.ref import swiglu_backward_ref, swiglu_ref
 from model1.ops.engram.formats import engram_gather_ref
 from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref, engram_hash_ref
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
@@ -30,7 +31,9 @@ from model1.ops.mhc.ref import (
     mhc_write_back_backward_ref,
     mhc_write_back_ref,
 )
+from model1.ops.norm.ref import rms_norm_backward_ref, rms_norm_ref
 from model1.ops.paged_decode.ref import paged_decode_ref
+from model1.ops.rope.ref import norm_rotate_tail_backward_ref, rotate_tail_ref
 from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
 from model1.ops.selector.ref import lightning_topk_ref, lowrank_topk_ref
 from model1.ops.sparse_decode.ref import sparse_decode_ref
@@ -119,9 +122,15 @@ operators = {
     "mhc_write_back": mhc_write_back_ref,
     "mhc_write_back_backward": mhc_write_back_backward_ref,
     "norm_rope_store": norm_rope_store_ref,
+    "norm_rotate_tail_backward": norm_rotate_tail_backward_ref,
     "paged_decode": paged_decode_ref,
     "quantize_and_store": quantize_and_store_ref,
+    "rms_norm": rms_norm_ref,
+    "rms_norm_backward": rms_norm_backward_ref,
+    "rotate_tail": rotate_tail_ref,
     "sparse_decode": sparse_decode,
     "sparse_prefill": sparse_prefill_ref,
     "sparse_prefill_backward": sparse_prefill_backward_ref,
+    "swiglu": swiglu_ref,
+    "swiglu_backward": swiglu_backward_ref,
 }

@@ -16,6 +16,7 @@ from model1.ops.launch import USUAL_CHANNELS
 from model1.testing.targets import TARGETS
 
 MODULES = (
+    "model1.ops.activation.portable",
     "model1.ops.engram.portable",
     "model1.ops.engram.portable_rows",
     "model1.ops.kv_cache.portable",
@@ -26,7 +27,10 @@ MODULES = (
     "model1.ops.mhc.portable",
     "model1.ops.mhc.portable_backward",
     "model1.ops.mhc.portable_streams",
+    "model1.ops.norm.portable",
+    "model1.ops.norm.portable_backward",
     "model1.ops.paged_decode.portable",
+    "model1.ops.rope.portable",
     "model1.ops.rope_gate.portable",
     "model1.ops.selector.portable",
     "model1.ops.selector.portable_lightning",

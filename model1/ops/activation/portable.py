@@ -147,7 +147,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _blocks(m: int, config: Config) -> tuple[int, int]:
     """Rows and channels of a tile; the widest one that leaves at most an eighth of it empty."""
-    widest = min(config.elements, triton.next_power_of_2(m))
+    widest = min(config.elements, 1 << (m - 1).bit_length())
     block_m = next(
         (n for n in (widest >> i for i in range(4)) if n >= 64 and -m % n * 8 <= m), widest
     )

@@ -22,7 +22,8 @@ def swiglu_backward_ref(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up; without up that of both in one tensor, and an empty one."""
     if up is None:
-        d_gate, d_up = swiglu_backward_ref(grad, *gate.chunk(2, dim=-1), limit)
+        first, second = gate.chunk(2, dim=-1)
+        d_gate, d_up = swiglu_backward_ref(grad, first, second, limit)
         return torch.cat((d_gate, d_up), dim=-1), gate.new_empty(0)
     wide = grad.float()
     g, u = gate.float(), up.float()

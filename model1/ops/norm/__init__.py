@@ -135,9 +135,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad: Tensor | None, d_total: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
     total, weight = ctx.saved_tensors
     grad = torch.zeros_like(total) if grad is None else grad
     run = torch.ops.model1.rms_norm_backward

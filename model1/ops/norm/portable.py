@@ -91,7 +91,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 def tile_sizes(c: int, config: Config) -> dict[str, Any]:
     """Constants and launch options of a program with all channels of some rows."""
-    block_c = triton.next_power_of_2(c)
+    block_c: int = 1 << (c - 1).bit_length()
     block_r = max(1, config.elements // block_c)
     num_warps = min(max(1, block_r * block_c // config.elements_per_warp), config.max_warps)
     blocks = {"C": c, "BLOCK_R": block_r, "BLOCK_C": block_c}
@@ -106,7 +106,7 @@ def compile_case(
     half = [x for x in names if x.endswith("_ptr") and x not in ("weight_ptr", "partial_ptr")]
     signature = {**dict.fromkeys(half, "*bf16"), "weight_ptr": "*fp32", "partial_ptr": "*fp32"}
     signature |= {"num_rows": "i32", "rows_per_part": "i32", "eps": "fp32"}
-    own = {x: value for x, value in (sizes | {**constants}).items() if x in names}
+    own = {x: value for x, value in {**sizes, **constants}.items() if x in names}
     return CompileCase(
         name=f"rms_norm {name}",
         kernel=kernel,

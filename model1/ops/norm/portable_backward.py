@@ -39,10 +39,10 @@ def _rms_norm_bwd_kernel(
     DTYPE: tl.constexpr = d_x_ptr.dtype.element_ty
     part = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)[None]
+    d_weight = tl.zeros((1, BLOCK_C), tl.float32)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
         weight = round_to(weight, DTYPE, INTERPRETED).to(tl.float32)
-        d_weight = tl.zeros((1, BLOCK_C), tl.float32)
     count = tl.minimum(num_rows - part * rows_per_part, rows_per_part)
     for start in range(0, count, BLOCK_R):
         offset = start + tl.arange(0, BLOCK_R)[:, None]

@@ -5,75 +5,130 @@ Pairs are interleaved (0,1), (2,3), ...: the layout of MLA and MODEL1 (V3.2's in
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model1.ops.ragged import counts_calls
+from model1.ops.backend import Operator, calls_ref_directly, unless_fused
+from model1.ops.rope.angles import Rotation, rope_frequencies, rotation, yarn_frequencies
+from model1.ops.rope.checks import check_tail
+from model1.ops.rope.ref import rotate_tail_ref, turn
+
+__all__ = [
+    "Rotation",
+    "apply_rope",
+    "norm_rotate_tail",
+    "rope_frequencies",
+    "rotate_tail",
+    "rotation",
+    "yarn_frequencies",
+]
 
 
-class Rotation(NamedTuple):
-    """Angles of t positions, each pair's value stored twice so that no reshape is needed."""
-
-    cos: Tensor  # [t, d_rope] fp32
-    sin: Tensor  # [t, d_rope] fp32, negated on the first element of each pair
-
-
-def rope_frequencies(dim: int, theta: float) -> Tensor:
-    """Angular frequency of each of the dim/2 pairs, in fp64: theta ** (-2 i / dim)."""
-    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+def _operator(name: str) -> Operator:
+    return Operator(
+        name=name,
+        implementations={
+            "ref": f"model1.ops.rope.ref:{name}_ref",
+            "triton": f"model1.ops.rope.portable:{name}_triton",
+        },
+    )
 
 
-def yarn_frequencies(
-    frequencies: Tensor, *, factor: float, original_length: int, beta_fast: float, beta_slow: float
-) -> Tensor:
-    """Slow pairs are interpolated by `factor`, fast ones kept, a linear ramp between.
-
-    A pair turns r = original_length * f / (2 pi) times over the original context;
-    r >= beta_fast keeps f, r <= beta_slow gives f / factor.
-    frequencies: [d_rope / 2] fp64 as of `rope_frequencies`, empty allowed; the result is like it.
-    beta_fast must exceed beta_slow. Source: arXiv 2309.00071, section 3.2.
-    """
-    rotations = original_length * frequencies / (2 * math.pi)
-    keep = ((rotations - beta_slow) / (beta_fast - beta_slow)).clamp(0.0, 1.0)
-    return keep * frequencies + (1.0 - keep) * frequencies / factor
-
-
-def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
-    """Angles of integer `positions` [t]; fp64 inside, because position * frequency grows large."""
-    angles = positions.to(torch.float64)[:, None] * frequencies[None, :]
-    cos = angles.cos().repeat_interleave(2, dim=-1)
-    sin = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
-    return Rotation(cos.float(), sin.float())
+ROTATE_TAIL = _operator("rotate_tail")
+NORM_ROTATE_TAIL_BACKWARD = _operator("norm_rotate_tail_backward")
 
 
 def apply_rope(
-    x: Tensor, angles: Rotation, *, inverse: bool = False, out: Tensor | None = None
+    x: Tensor, angles: Rotation, *, inverse: bool = False, backend: str = "auto"
 ) -> Tensor:
     """Rotate [t, d_rope] or [t, h, d_rope] by the angle of each position; `inverse` turns back.
 
-    Computed in fp32, returned in the dtype of x; or written to `out`, fp32 like x, x itself too.
+    Computed in fp32, returned in the dtype of x. Backends, errors and the rest as in `rotate_tail`.
     """
-    cos, sin = angles
-    shape = x.shape
-    if len(shape) == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    x32 = x.float()
-    swapped = x32.view(*shape[:-1], shape[-1] // 2, 2).flip(-1).view(shape)
-    turned = torch.addcmul(x32 * cos, swapped, sin, value=-1.0 if inverse else 1.0, out=out)
-    return turned.type_as(x)
+    name = ROTATE_TAIL.resolve(unless_fused(backend, x), x.device)
+    if calls_ref_directly(name):
+        return turn(x, angles, inverse=inverse)
+    check_tail(x, angles, name)
+    if name == "ref":
+        return turn(x, angles, inverse=inverse)
+    return torch.ops.model1.rotate_tail(x, *angles, inverse, None, name)
 
 
-def rotate_tail(x: Tensor, angles: Rotation, *, inverse: bool = False) -> Tensor:
+def rotate_tail(
+    x: Tensor, angles: Rotation, *, inverse: bool = False, backend: str = "auto"
+) -> Tensor:
     """x [t, d] or [t, h, d] with its last d_rope channels rotated as `apply_rope` does.
 
-    The caller gives x up: where no gradient is recorded, its memory may hold the result.
+    angles: cos, sin [t, d_rope] fp32. The caller gives x up: where no gradient is recorded, its
+    memory may hold the result. Differentiable in x. Kernels take bf16, fp16 and fp32, wherever
+    tokens and heads lie; "auto" is the reference for others and under torch.compile, which fuses
+    it. Raises ValueError for shapes, dtypes and devices (on a CPU not where no gradient is
+    recorded), BackendUnavailable for a backend that cannot run here.
     """
-    d_rope = angles.cos.shape[-1]
-    plain, rotary = x.split_with_sizes((x.shape[-1] - d_rope, d_rope), dim=-1)
-    if x.dtype == torch.float32 and counts_calls(x):
-        apply_rope(rotary, angles, inverse=inverse, out=rotary)
-        return x
-    return torch.cat((plain, apply_rope(rotary, angles, inverse=inverse)), dim=-1)
+    return _rotate(x, angles, inverse, None, backend)
+
+
+def norm_rotate_tail(
+    x: Tensor, angles: Rotation, *, norm_eps: float, inverse: bool = False, backend: str = "auto"
+) -> Tensor:
+    """`rotate_tail` of x / sqrt(mean(x**2, last axis) + norm_eps), in one pass.
+
+    Kernels round once, at the end, the reference after the norm as well. Differentiable in x, with
+    kernels once. Backends, errors and the rest as in `rotate_tail`.
+    """
+    return _rotate(x, angles, inverse, norm_eps, backend)
+
+
+def _rotate(
+    x: Tensor, angles: Rotation, inverse: bool, norm_eps: float | None, backend: str
+) -> Tensor:
+    name = ROTATE_TAIL.resolve(unless_fused(backend, x), x.device)
+    if calls_ref_directly(name):
+        return rotate_tail_ref(x, angles, inverse=inverse, norm_eps=norm_eps)
+    check_tail(x, angles, name)
+    if name == "ref":
+        return rotate_tail_ref(x, angles, inverse=inverse, norm_eps=norm_eps)
+    return torch.ops.model1.rotate_tail(x, *angles, inverse, norm_eps, name)
+
+
+@torch.library.custom_op("model1::rotate_tail", mutates_args=())
+def _rotate_tail(
+    x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, norm_eps: float | None, backend: str
+) -> Tensor:
+    run = ROTATE_TAIL.load(backend)
+    # a plug-in may take the reference, which may write over what it is given
+    x = x if backend == "triton" or norm_eps is not None else x.clone()
+    return run(x, Rotation(cos, sin), inverse=inverse, norm_eps=norm_eps)
+
+
+@torch.library.custom_op("model1::norm_rotate_tail_backward", mutates_args=())
+def _norm_rotate_tail_backward(
+    grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, norm_eps: float, backend: str
+) -> Tensor:
+    run = NORM_ROTATE_TAIL_BACKWARD.load(backend)
+    return run(grad, x, Rotation(cos, sin), inverse=inverse, norm_eps=norm_eps)
+
+
+_rotate_tail.register_fake(lambda x, *args: x.new_empty(x.shape))
+_norm_rotate_tail_backward.register_fake(lambda grad, x, *args: x.new_empty(x.shape))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, cos, sin, *ctx.fields = inputs
+    ctx.save_for_backward(None if ctx.fields[1] is None else x, cos, sin)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *angles = ctx.saved_tensors
+    inverse, norm_eps, backend = ctx.fields
+    if norm_eps is None:
+        d_x = torch.ops.model1.rotate_tail(grad, *angles, not inverse, None, backend)
+    else:
+        run = torch.ops.model1.norm_rotate_tail_backward
+        d_x = run(grad, x, *angles, inverse, norm_eps, backend)
+    return d_x, None, None, None, None, None
+
+
+_rotate_tail.register_autograd(_backward, setup_context=_setup_context)
