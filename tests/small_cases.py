@@ -10,6 +10,7 @@ from sparse_decode_cases import DEVICE, DTYPE
 from torch import Tensor
 
 from model1.ops.activation import swiglu
+from model1.ops.engram import engram_causal_conv
 from model1.ops.norm import add_rms_norm
 from model1.ops.rope import (
     Rotation,
@@ -62,8 +63,23 @@ def _rotated(function: Callable[..., Any], **options: Any) -> Callable[[int], Pa
     return build
 
 
+def _convolved(seed: int) -> Parts:
+    torch.manual_seed(seed)
+    n, d = (4, 4096) if BIG else (2, 40)
+    lengths = [(3, 2), (1, 4), (5, 0)][seed]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    tensors = {"x": torch.randn(T, n * d).to(DTYPE), "positions": positions}
+    weights = {"weight": torch.randn(n * d, 4), "norm_weight": torch.rand(n, d)}
+
+    def run(**tensors: Tensor) -> Tensor:
+        return engram_causal_conv(**tensors, dilation=1, eps=1e-5, backend="triton")
+
+    return _parts(run, tensors | weights, "x", *weights)
+
+
 PARTS: dict[str, Callable[[int], Parts]] = {
     "add_rms_norm": _rows(add_rms_norm, "x residual weight", eps=1e-6),
+    "engram_causal_conv": _convolved,
     "swiglu": _rows(swiglu, "gate up", limit=1.0),
     "rotate_tail": _rotated(rotate_tail, inverse=True),
     "norm_rotate_tail": _rotated(norm_rotate_tail, norm_eps=1e-6),

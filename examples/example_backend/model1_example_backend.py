@@ -12,7 +12,13 @@ from torch import Tensor
 
 from model1.ops.activation.ref import swiglu_backward_ref, swiglu_ref
 from model1.ops.engram.formats import engram_gather_ref
-from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref, engram_hash_ref
+from model1.ops.engram.ref import (
+    engram_causal_conv_backward_ref,
+    engram_causal_conv_ref,
+    engram_gate_backward_ref,
+    engram_gate_ref,
+    engram_hash_ref,
+)
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 from model1.ops.kv_cache.ref import (
     gather_and_dequantize_ref,
@@ -101,6 +107,8 @@ def _whole_batch(
 device_types: frozenset[str] = frozenset()
 
 operators = {
+    "engram_causal_conv": engram_causal_conv_ref,
+    "engram_causal_conv_backward": engram_causal_conv_backward_ref,
     "engram_gate": engram_gate_ref,
     "engram_gate_backward": engram_gate_backward_ref,
     "engram_gather": engram_gather_ref,

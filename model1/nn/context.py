@@ -18,6 +18,7 @@ from model1.nn.indexer import ROW_CHUNK
 from model1.nn.selector_loss import sample_rows, selector_loss
 from model1.ops.backend import unless_fused
 from model1.ops.dense_attention import dense_attention
+from model1.ops.engram import engram_causal_conv
 from model1.ops.rope import (
     Rotation,
     apply_rope,
@@ -50,8 +51,11 @@ class Context(Protocol):
         """Values [t, h, dv], rotary channels turned back where there are any, times gate [t, h]."""
         ...
 
-    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
-        """x [t, w] and its values dilation * j tokens earlier, [t, taps, w], oldest first."""
+    def short_conv(
+        self, layer_id: int, x: Tensor, weight: Tensor, norm_weight: Tensor, dilation: int,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        """Engram's convolution of x [t, n*d] with its values dilation * j tokens earlier."""
         ...
 
 
@@ -213,9 +217,11 @@ class FullContext:
                 selector_loss(q[i], kv[i], start, end, spec, self.d_nope, rows)
             )
 
-    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
+    def short_conv(
+        self, layer_id: int, x: Tensor, weight: Tensor, norm_weight: Tensor, dilation: int,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
         """See Context."""
-        t = torch.arange(len(x), device=x.device)
-        back = torch.arange(taps - 1, -1, -1, device=x.device) * dilation
-        inside = self.positions[:, None] >= back
-        return x[(t[:, None] - back).clamp(min=0)] * inside.unsqueeze(-1).to(x.dtype)
+        return engram_causal_conv(
+            x, self.positions, weight, norm_weight, dilation=dilation, eps=eps
+        )

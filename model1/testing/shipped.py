@@ -18,6 +18,7 @@ from model1.testing.targets import TARGETS
 MODULES = (
     "model1.ops.activation.portable",
     "model1.ops.engram.portable",
+    "model1.ops.engram.portable_conv",
     "model1.ops.engram.portable_rows",
     "model1.ops.kv_cache.portable",
     "model1.ops.kv_write.portable",

@@ -28,6 +28,7 @@ from torch import Tensor
 from model1.errors import BackendUnavailable
 from model1.ops import backend as dispatch
 from model1.ops.activation import swiglu
+from model1.ops.engram import engram_causal_conv
 from model1.ops.kv_cache import (
     KVLayout,
     allocate_kv_cache,
@@ -226,6 +227,17 @@ def small_steps(backend: str, device: str) -> list[Tensor]:
     return [*results, *torch.autograd.grad(results, [x, y, weight, both], grads)]
 
 
+def convolved(backend: str, device: str) -> list[Tensor]:
+    """Two documents, forward and backward."""
+    leaves = [random(*shape, device=device).requires_grad_() for shape in ((7, 8), (8, 3), (2, 4))]
+    x, weight, norm_weight = leaves
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2], device=device)
+    out = engram_causal_conv(
+        x, positions, weight, norm_weight, dilation=2, eps=1e-5, backend=backend
+    )
+    return [out, *torch.autograd.grad(out, leaves, random(7, 8, device=device))]
+
+
 SMALL = (
     "norm_rotate_tail_backward", "rms_norm", "rms_norm_backward", "rotate_tail", "swiglu",
     "swiglu_backward",
@@ -237,6 +249,8 @@ CASES: dict[str, Case] = (
     dict.fromkeys(MHC, mixed)
     | dict.fromkeys(SMALL, small_steps)
     | {
+        "engram_causal_conv": convolved,
+        "engram_causal_conv_backward": convolved,
         "inverse_rope_gate": gated,
         "inverse_rope_gate_backward": gated,
         "lowrank_attention": attended_in_part,

@@ -5,7 +5,7 @@ written once. Rows may lie anywhere: halves of one tensor are read, and their gr
 where they are.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
