@@ -19,6 +19,7 @@ from model1.ops.engram.ref import (
     engram_gate_ref,
     engram_hash_ref,
 )
+from model1.ops.engram.ref_train import engram_row_adam_ref, engram_sum_rows_ref
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 from model1.ops.kv_cache.ref import (
     gather_and_dequantize_ref,
@@ -113,6 +114,8 @@ operators = {
     "engram_gate_backward": engram_gate_backward_ref,
     "engram_gather": engram_gather_ref,
     "engram_hash": engram_hash_ref,
+    "engram_row_adam": engram_row_adam_ref,
+    "engram_sum_rows": engram_sum_rows_ref,
     "gather_and_dequantize": gather_and_dequantize_ref,
     "gather_rope": gather_rope_ref,
     "inverse_rope_gate": inverse_rope_gate_ref,

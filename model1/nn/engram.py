@@ -47,7 +47,8 @@ class EngramTable(nn.Module):
                 return self.store.gather(rows).flatten(1).to(dtype)
             return self.store.gather(rows, dtype=dtype).flatten(1)
         assert self.weight is not None
-        return F.embedding(rows, self.weight).flatten(1).to(dtype)
+        # A gradient of the rows that were read, not of the table; `train.optim` adds it up.
+        return F.embedding(rows, self.weight, sparse=True).flatten(1).to(dtype)
 
 
 class Engram(nn.Module):

@@ -20,6 +20,7 @@ MODULES = (
     "model1.ops.engram.portable",
     "model1.ops.engram.portable_conv",
     "model1.ops.engram.portable_rows",
+    "model1.ops.engram.portable_train",
     "model1.ops.kv_cache.portable",
     "model1.ops.kv_write.portable",
     "model1.ops.lowrank_attention.portable",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.errors import ConfigError
+from model1.ops.engram import row_adam_step, sum_equal_rows
 from model1.train.config import OptimSection
 
 TABLE_PATTERN = re.compile(r"(^|\.)table\.weight$")
@@ -163,17 +164,11 @@ class RowAdam:
         for (_, p), (mean, square, steps) in zip(self.named, self.moments, strict=True):
             if p.grad is None:
                 continue
-            grad = p.grad
-            touched = (grad != 0).any(dim=1, keepdim=True)
-            # weight 0 in lerp keeps the old value exactly
-            mean.lerp_(grad, touched * (1.0 - self.beta1))
-            square.lerp_(grad * grad, touched * (1.0 - self.beta2))
-            steps += touched
-            count = steps.clamp(min=1.0)
-            mean_hat = mean / (1.0 - self.beta1**count)
-            square_hat = square / (1.0 - self.beta2**count)
-            update = mean_hat / (square_hat.sqrt() + self.eps)
-            p.copy_(torch.where(touched, p - lr * update, p))
+            rows, grads = _row_gradients(p.grad)
+            row_adam_step(
+                p, mean, square, steps, rows, grads,
+                lr=lr, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """State tensors by name; writing into them restores a state."""
@@ -183,6 +178,17 @@ class RowAdam:
             for (name, _), moments in zip(self.named, self.moments, strict=True)
             for key, value in zip(keys, moments, strict=True)
         }
+
+
+def _row_gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that a table's gradient has, each once, and their gradients.
+
+    A table of the model gets a sparse one: every row that a step read, as often as it did.
+    """
+    if grad.layout == torch.sparse_coo:
+        return sum_equal_rows(grad._indices()[0], grad._values())
+    rows = (grad != 0).any(dim=1).nonzero().flatten()
+    return rows, grad.index_select(0, rows)
 
 
 def _grad_or_zero(parameter: Tensor) -> Tensor:

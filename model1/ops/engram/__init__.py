@@ -21,6 +21,7 @@ from model1.ops.engram.conv import engram_causal_conv
 from model1.ops.engram.gate import engram_gate
 from model1.ops.engram.hashing import HashSpec, build_hash_specs, check_compression_table
 from model1.ops.engram.ref import engram_hash_ref, engram_short_conv_ref
+from model1.ops.engram.row_adam import row_adam_step, sum_equal_rows
 from model1.ops.engram.rows import RowStore, quantize_rows
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "engram_hash",
     "engram_short_conv",
     "quantize_rows",
+    "row_adam_step",
+    "sum_equal_rows",
 ]
 
 ENGRAM_HASH = Operator(

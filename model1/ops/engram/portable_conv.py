@@ -29,11 +29,11 @@ from model1.ops.rounding import round_to
 class Config:
     """How the work is cut. Not yet measured. Results do not depend on the number of tokens."""
 
-    tokens: int = 16  # of a tile
+    tokens: int = 8  # of a tile
     channels: int = 128
     tokens_per_sum: int = 64  # whose weight gradients one program adds up
     row_tokens: int = 4  # of a program that sums over all channels
-    row_channels: int = 512
+    row_channels: int = 256
     num_warps: int = 4
 
 
@@ -67,7 +67,7 @@ def _taps(
     """The normalised tile that each tap sees, oldest first."""
     seen = ()
     for tap in tl.static_range(K):
-        back: tl.constexpr = (K - 1 - tap) * DILATION
+        back = (K - 1 - tap) * DILATION
         source = token - back
         is_inside = is_here & (position >= back) & (source >= 0)
         x = _load(x_ptr + source * stride_x + stream * D + channel, is_inside)
@@ -163,7 +163,7 @@ def _back_from_taps(
     """What reaches the normalised tile from the tokens whose taps see it."""
     total = tl.zeros((token.shape[0], channel.shape[1]), tl.float32)
     for tap in tl.static_range(K):
-        back: tl.constexpr = (K - 1 - tap) * DILATION
+        back = (K - 1 - tap) * DILATION
         later = token + back
         position = tl.load(positions_ptr + later, mask=later < num_tokens, other=-1)
         at = d_sum_ptr + (later * N + stream) * D + channel
