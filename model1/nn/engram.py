@@ -31,6 +31,9 @@ class EngramTable(nn.Module):
         super().__init__()
         self.weight: nn.Parameter | None = new_weight(num_rows, head_dim, std=ROW_INIT_STD)
         self.store: RowStore | None = None
+        # True for an optimiser that takes a gradient of the rows that were read, each as often as
+        # it was (`model1.train.optim`), in place of one of the table's size.
+        self.has_sparse_gradient = False
 
     def set_rows(self, store: RowStore) -> None:
         """Read stored rows from now on; the trainable weight is dropped."""
@@ -47,8 +50,8 @@ class EngramTable(nn.Module):
                 return self.store.gather(rows).flatten(1).to(dtype)
             return self.store.gather(rows, dtype=dtype).flatten(1)
         assert self.weight is not None
-        # A gradient of the rows that were read, not of the table; `train.optim` adds it up.
-        return F.embedding(rows, self.weight, sparse=True).flatten(1).to(dtype)
+        read = F.embedding(rows, self.weight, sparse=self.has_sparse_gradient)
+        return read.flatten(1).to(dtype)
 
 
 class Engram(nn.Module):

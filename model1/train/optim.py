@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model1.errors import ConfigError
+from model1.nn.engram import EngramTable
 from model1.ops.engram import row_adam_step, sum_equal_rows
 from model1.train.config import OptimSection
 
@@ -183,7 +184,7 @@ class RowAdam:
 def _row_gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that a table's gradient has, each once, and their gradients.
 
-    A table of the model gets a sparse one: every row that a step read, as often as it did.
+    A sparse gradient has every row that a step read, as often as it did.
     """
     if grad.layout == torch.sparse_coo:
         return sum_equal_rows(grad._indices()[0], grad._values())
@@ -196,12 +197,18 @@ def _grad_or_zero(parameter: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """The four optimisers of one model and the clipping in front of them."""
+    """The optimisers of one model and the clipping in front of them.
+
+    Makes the gradients of its Engram tables sparse.
+    """
 
     def __init__(self, model: nn.Module, settings: OptimSection) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ConfigError("the model has no parameter to train")
+        for module in model.modules():
+            if isinstance(module, EngramTable):
+                module.has_sparse_gradient = True
         self.settings = settings
         self.groups = {g: [(n, p) for n, p in named if group_of(n, p) == g] for g in GROUPS}
         self.clipped = [p for g in GROUPS if g != "table" for _, p in self.groups[g]]

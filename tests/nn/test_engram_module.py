@@ -90,8 +90,7 @@ def test_only_rows_that_were_read_get_a_gradient() -> None:
     weight = engram.table.weight
     assert weight is not None
     assert weight.grad is not None
-    assert weight.grad.layout == torch.sparse_coo
-    touched = torch.nonzero(weight.grad.to_dense().abs().sum(1))[:, 0]
+    touched = torch.nonzero(weight.grad.abs().sum(1))[:, 0]
     assert torch.equal(touched, read)
     assert len(read) < len(weight) // 4
 
@@ -102,7 +101,7 @@ def test_every_other_weight_of_the_memory_learns() -> None:
     model(tokens()).square().sum().backward()
     for name, parameter in memory(model).named_parameters():
         assert parameter.grad is not None, name
-        assert parameter.grad.to_dense().abs().max() > 0, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_the_convolution_is_silent_at_the_start() -> None:
