@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.case import Call, Case, Work, own_work
-from model1.ops.engram import RowStore, engram_causal_conv, engram_gate
+from model1.ops.engram import (
+    RowStore,
+    engram_causal_conv,
+    engram_gate,
+    row_adam_step,
+    sum_equal_rows,
+)
 
 OPERATOR = "engram"
 TESTS = ("tests/ops/test_engram_*.py",)
@@ -85,6 +91,30 @@ def conv_work(
     return own_work(bind("auto"), 0.0, 2 * t * d * num_vectors, {"pytorch": lambda: bind("ref")})
 
 
+def row_step_work(t: int, device: torch.device) -> Work:
+    """Adam in fp32 on all rows that t tokens read of a table of 4 GB, their gradients added up.
+
+    Bytes are those of the gradients, read, and of rows and moments, read and written.
+    """
+    torch.manual_seed(1)
+    num_rows, num_read = 4 * 10**9 // 1024, t * ROWS_PER_TOKEN
+    table, mean, square = (torch.zeros(num_rows, 256, device=device) for _ in range(3))
+    steps = torch.zeros(num_rows, 1, device=device)
+    rows = torch.randint(num_rows, (num_read,), device=device)
+    unique, sums = sum_equal_rows(rows, torch.randn(num_read, 256, device=device))
+    options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-10}
+
+    def bind(backend: str) -> Call:
+        def call() -> tuple[Tensor, ...]:
+            row_adam_step(table, mean, square, steps, unique, sums, **options, backend=backend)
+            return (steps,)
+
+        return call
+
+    num_bytes = len(unique) * 7 * 1024
+    return own_work(bind("auto"), 0.0, num_bytes, {"pytorch": lambda: bind("ref")})
+
+
 def gather_work(t: int, device: torch.device, *, table_bytes: int = TABLE_BYTES) -> Work:
     """All rows of t tokens from a large 8-bit table, in bf16, beside reads of their bytes alone.
 
@@ -119,23 +149,27 @@ def gather_work(t: int, device: torch.device, *, table_bytes: int = TABLE_BYTES)
 
         return call
 
-    def bind_whole_rows() -> Call:
-        """Codes and scales of a row beside each other: one random read of 264 bytes."""
-        turns = itertools.cycle(wanted)
-        whole = torch.empty(num_rows, ROW_BYTES, dtype=torch.uint8, device=device)
-        whole[:, :256], whole[:, 256:] = data, scale
-        words = whole.view(torch.int64)
-
-        def call() -> tuple[Tensor, ...]:
-            read = words.index_select(0, next(turns)).view(torch.float8_e4m3fn)
-            return read[:, :256], read[:, 256:]
-
-        return call
-
     num_bytes = num_wanted * (ROW_BYTES + 8 + 2 * 256)
     return own_work(
-        bind(), 0.0, num_bytes, {"index_select": bind_copy, "264-byte reads": bind_whole_rows}
+        bind(),
+        0.0,
+        num_bytes,
+        {"index_select": bind_copy, "264-byte reads": lambda: bind_whole_rows(data, scale, wanted)},
     )
+
+
+def bind_whole_rows(data: Tensor, scale: Tensor, wanted: Tensor) -> Call:
+    """Codes and scales of a row beside each other: one random read of 264 bytes."""
+    turns = itertools.cycle(wanted)
+    whole = torch.empty(len(data), ROW_BYTES, dtype=torch.uint8, device=data.device)
+    whole[:, :256], whole[:, 256:] = data, scale
+    words = whole.view(torch.int64)
+
+    def call() -> tuple[Tensor, ...]:
+        read = words.index_select(0, next(turns)).view(torch.float8_e4m3fn)
+        return read[:, :256], read[:, 256:]
+
+    return call
 
 
 def cases() -> Iterator[Case]:
@@ -146,6 +180,7 @@ def cases() -> Iterator[Case]:
     for step in ("forward", "backward"):
         build = functools.partial(conv_work, step, 8192, 4, 4096)
         yield Case(OPERATOR, f"conv {step} t=8192 n=4 d=4096", build)
+    yield Case(OPERATOR, "row step t=8192", functools.partial(row_step_work, 8192))
     for t in (64, 8192):
         build = functools.partial(gather_work, t)
         yield Case(OPERATOR, f"gather fp8 t={t} of {TABLE_BYTES // 10**9} GB", build)
