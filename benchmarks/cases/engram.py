@@ -145,7 +145,7 @@ def gather_work(t: int, device: torch.device, *, table_bytes: int = TABLE_BYTES)
         def call() -> tuple[Tensor, ...]:
             rows = next(turns)
             codes, scales = (x.index_select(0, rows) for x in words)
-            return codes.view(torch.float8_e4m3fn), scales
+            return codes.view(torch.float8_e4m3fn), scales.view(torch.uint8)
 
         return call
 

@@ -276,14 +276,14 @@ def _inverse_rms(x: Tensor, norm_weight: Tensor, eps: float, config: Config) -> 
     return rstd
 
 
-def _row_sizes(n: int, d: int, config: Config) -> dict[str, int]:
+def _row_sizes(n: int, d: int, config: Config) -> dict[str, Any]:
     block_c = min(config.row_channels, triton.next_power_of_2(d))
     return {"N": n, "D": d, "BLOCK_R": config.row_tokens, "BLOCK_C": block_c}
 
 
 def _sizes(
     norm_weight: Tensor, weight: Tensor, dilation: int, config: Config
-) -> tuple[dict[str, int], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of the tiles, and what all launches share."""
     n, d = norm_weight.shape
     sizes = {"N": n, "D": d, "K": weight.shape[1], "DILATION": dilation}
@@ -293,7 +293,7 @@ def _sizes(
     return sizes, common
 
 
-def _num_chunks(sizes: dict[str, int]) -> int:
+def _num_chunks(sizes: dict[str, Any]) -> int:
     return sizes["N"] * -(-sizes["D"] // sizes["BLOCK_C"])
 
 

@@ -122,12 +122,12 @@ def engram_row_adam_triton(
         )  # fmt: skip
 
 
-def _sum_sizes(d: int, config: Config) -> dict[str, int]:
+def _sum_sizes(d: int, config: Config) -> dict[str, Any]:
     block_d = min(config.channels, triton.next_power_of_2(d))
     return {"D": d, "BLOCK_M": config.gradients, "BLOCK_D": block_d}
 
 
-def _adam_sizes(d: int, config: Config) -> dict[str, int]:
+def _adam_sizes(d: int, config: Config) -> dict[str, Any]:
     block_d = triton.next_power_of_2(d)
     return {"D": d, "BLOCK_R": max(1, config.elements // block_d), "BLOCK_D": block_d}
 
