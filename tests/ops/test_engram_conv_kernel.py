@@ -198,6 +198,14 @@ def test_one_graph_under_torch_compile(backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_the_operators_describe_themselves_to_pytorch() -> None:
+    (x, *weights), positions = inputs_of((3, 2), 2, 8, 3), positions_of((3, 2))
+    operators = torch.ops.model1
+    arguments = (x, positions, *weights, 2, EPS, "triton")
+    torch.library.opcheck(operators.engram_causal_conv.default, arguments)
+    torch.library.opcheck(operators.engram_causal_conv_backward.default, (x, *arguments))
+
+
 def test_bad_arguments_name_value_and_rule() -> None:
     (x, weight, norm_weight), positions = inputs_of((4,), 2, 8, 3), positions_of((4,))
     good = {"x": x, "positions": positions, "weight": weight, "norm_weight": norm_weight}

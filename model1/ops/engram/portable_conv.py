@@ -255,8 +255,9 @@ def engram_causal_conv_backward_triton(
             d_sum, x, x.stride(0), rstd, *parameters, d_x, len(x), **rows, **common
         )
         sum_parts(partial, by_tap)
-    d_weight = by_tap.T * norm_weight.float().reshape(-1, 1)
-    d_norm_weight = (by_tap.T * weight.float()).sum(1).view(norm_weight.shape)
+    by_tap = by_tap.T.contiguous()
+    d_weight = by_tap * norm_weight.float().reshape(-1, 1)
+    d_norm_weight = (by_tap * weight.float()).sum(1).view(norm_weight.shape)
     return d_x, d_weight.to(weight.dtype), d_norm_weight.to(norm_weight.dtype)
 
 
