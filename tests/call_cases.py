@@ -15,6 +15,7 @@ from typing import Any
 import lowrank_cases
 import mha_prefill_cases
 import paged_decode_cases
+import small_cases
 import sparse_decode_cases
 import sparse_prefill_cases
 import torch
@@ -391,3 +392,10 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "moe_experts": lambda seed: Call(**moe_experts_call("triton")(seed)),
     "moe_experts auto": lambda seed: Call(**moe_experts_call("auto")(seed)),
 }  # fmt: skip
+
+
+def _from_parts(build: Callable[[int], dict[str, Any]]) -> Callable[[int], Call]:
+    return lambda seed: Call(**build(seed))
+
+
+CALLS |= {name: _from_parts(build) for name, build in small_cases.PARTS.items()}

@@ -17,6 +17,7 @@ from benchmarks.cases import (
     mhc,
     moe,
     selector,
+    small_ops,
     sparse_decode,
     sparse_prefill,
 )
@@ -33,6 +34,7 @@ MODULES: tuple[ModuleType, ...] = (
     engram,
     fp8_linear,
     moe,
+    small_ops,
 )
 
 __all__ = ["MODULES", "Call", "Case", "Work", "own_work"]

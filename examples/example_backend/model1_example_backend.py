@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model1.ops.activation.ref import swiglu_backward_ref, swiglu_ref
 from model1.ops.engram.formats import engram_gather_ref
-from model1.ops.engram.ref import engram_gate_backward_ref, engram_gate_ref, engram_hash_ref
+from model1.ops.engram.ref import (
+    engram_causal_conv_backward_ref,
+    engram_causal_conv_ref,
+    engram_gate_backward_ref,
+    engram_gate_ref,
+    engram_hash_ref,
+)
+from model1.ops.engram.ref_train import engram_row_adam_ref, engram_sum_rows_ref
 from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 from model1.ops.kv_cache import KVLayout, gather_and_dequantize
 from model1.ops.kv_cache.ref import (
@@ -38,7 +46,9 @@ from model1.ops.moe.ref import (
     moe_route_backward_ref,
     moe_route_ref,
 )
+from model1.ops.norm.ref import rms_norm_backward_ref, rms_norm_ref
 from model1.ops.paged_decode.ref import paged_decode_ref
+from model1.ops.rope.ref import norm_rotate_tail_backward_ref, rotate_tail_ref
 from model1.ops.rope_gate.ref import inverse_rope_gate_backward_ref, inverse_rope_gate_ref
 from model1.ops.selector.ref import lightning_topk_ref, lowrank_topk_ref
 from model1.ops.sparse_decode.ref import sparse_decode_ref
@@ -106,10 +116,14 @@ def _whole_batch(
 device_types: frozenset[str] = frozenset()
 
 operators = {
+    "engram_causal_conv": engram_causal_conv_ref,
+    "engram_causal_conv_backward": engram_causal_conv_backward_ref,
     "engram_gate": engram_gate_ref,
     "engram_gate_backward": engram_gate_backward_ref,
     "engram_gather": engram_gather_ref,
     "engram_hash": engram_hash_ref,
+    "engram_row_adam": engram_row_adam_ref,
+    "engram_sum_rows": engram_sum_rows_ref,
     "gather_and_dequantize": gather_and_dequantize_ref,
     "gather_rope": gather_rope_ref,
     "inverse_rope_gate": inverse_rope_gate_ref,
@@ -134,9 +148,15 @@ operators = {
     "moe_route": moe_route_ref,
     "moe_route_backward": moe_route_backward_ref,
     "norm_rope_store": norm_rope_store_ref,
+    "norm_rotate_tail_backward": norm_rotate_tail_backward_ref,
     "paged_decode": paged_decode_ref,
     "quantize_and_store": quantize_and_store_ref,
+    "rms_norm": rms_norm_ref,
+    "rms_norm_backward": rms_norm_backward_ref,
+    "rotate_tail": rotate_tail_ref,
     "sparse_decode": sparse_decode,
     "sparse_prefill": sparse_prefill_ref,
     "sparse_prefill_backward": sparse_prefill_backward_ref,
+    "swiglu": swiglu_ref,
+    "swiglu_backward": swiglu_backward_ref,
 }

@@ -17,8 +17,7 @@ from model1.config import ModelConfig
 from model1.nn.indexer import LowRankSelector
 from model1.nn.layers import JointLinear, Linear, RmsNorm, new_weight
 from model1.nn.vvpa import LogTemperature, OutputGate
-from model1.ops.norm import rms_norm
-from model1.ops.rope import apply_rope, rotate_tail
+from model1.ops.rope import apply_rope, norm_rotate_tail
 
 if TYPE_CHECKING:
     from model1.nn.context import Context
@@ -108,7 +107,7 @@ class Attention(nn.Module):
         q = self.wq_b(self.q_norm(low))
         q = q.view(q.shape[0], self.heads, -1)
         if self.form == "model1":
-            q = rotate_tail(rms_norm(q, None, self.eps), context.rotation)
+            q = norm_rotate_tail(q, context.rotation, norm_eps=self.eps)
         else:
             nope, rotary = q.split([q.shape[-1] - self.rope_dim, self.rope_dim], dim=-1)
             nope = torch.einsum("thn,hnc->thc", nope, self.wk_b.to(q.dtype))

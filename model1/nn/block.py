@@ -78,6 +78,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """Output projection, write-back and the feed-forward sublayer."""
         y = self.attn.finish(out.type_as(x), gate, context)
+        if self.mhc_ffn is None:
+            u, total = self.ffn_norm.of_sum(y, x[:, 0])
+            return (total + self.ffn(u))[:, None]
         x = _write_back(x, y, weights, self.mhc_attn)
         u, weights = _collapse(x, self.mhc_ffn)
         return _write_back(x, self.ffn(self.ffn_norm(u)), weights, self.mhc_ffn)

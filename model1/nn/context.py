@@ -16,7 +16,9 @@ from model1.config import ModelConfig
 from model1.nn.attention import AttendSpec
 from model1.nn.indexer import ROW_CHUNK
 from model1.nn.selector_loss import sample_rows, selector_loss
+from model1.ops.backend import unless_fused
 from model1.ops.dense_attention import dense_attention
+from model1.ops.engram import engram_causal_conv
 from model1.ops.rope import (
     Rotation,
     apply_rope,
@@ -25,6 +27,7 @@ from model1.ops.rope import (
     rotation,
     yarn_frequencies,
 )
+from model1.ops.rope_gate import inverse_rope_gate
 
 # Query rows of one dense pass on the plain path: bounds the score matrix to rows * h * s.
 DENSE_ROW_CHUNK = 256
@@ -48,8 +51,11 @@ class Context(Protocol):
         """Values [t, h, dv], rotary channels turned back where there are any, times gate [t, h]."""
         ...
 
-    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
-        """x [t, w] and its values dilation * j tokens earlier, [t, taps, w], oldest first."""
+    def short_conv(
+        self, layer_id: int, x: Tensor, weight: Tensor, norm_weight: Tensor, dilation: int,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        """Engram's convolution of x [t, n*d] with its values dilation * j tokens earlier."""
         ...
 
 
@@ -169,13 +175,12 @@ class FullContext:
             self.block_mask = packed_block_mask(doc_starts)
 
     def latents(self, layer_id: int, kv: Tensor, spec: AttendSpec) -> Tensor:
-        """See Context; plain and differentiable, so that a compiled block fuses it."""
-        d_rope, width = self.rotation.cos.shape[-1], len(spec.kv_norm.weight)
-        if width == kv.shape[1]:
-            kv = spec.kv_norm(kv)
+        """See Context; differentiable, and plain where a compiled block fuses it."""
+        d_rope = self.rotation.cos.shape[-1]
+        if len(spec.kv_norm.weight) == kv.shape[1]:
+            return rotate_tail(spec.kv_norm(kv), self.rotation)
         nope, rotary = kv.split([kv.shape[1] - d_rope, d_rope], dim=-1)
-        if width == nope.shape[1]:
-            nope = spec.kv_norm(nope)
+        nope = spec.kv_norm(nope)
         return torch.cat([nope, apply_rope(rotary, self.rotation)], dim=-1)
 
     def attend(self, layer_id: int, q: Tensor, latents: Tensor, spec: AttendSpec) -> Tensor:
@@ -203,7 +208,10 @@ class FullContext:
         return torch.cat(outs)
 
     def finish_values(self, out: Tensor, gate: Tensor | None, *, is_rotary: bool) -> Tensor:
-        """See Context; plain and differentiable, so that a compiled block fuses it."""
+        """See Context; differentiable, and plain where a compiled block fuses it."""
+        if out.is_cuda and unless_fused("auto", out) == "auto":
+            angles, d_rope = (self.rotation if is_rotary else None), self.rotation.cos.shape[-1]
+            return inverse_rope_gate(out, angles, gate, d_rope=d_rope)
         if is_rotary:
             out = rotate_tail(out, self.rotation, inverse=True)
         return out if gate is None else out * gate[..., None]
@@ -216,9 +224,11 @@ class FullContext:
                 selector_loss(q[i], kv[i], start, end, spec, self.d_nope, rows)
             )
 
-    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
+    def short_conv(
+        self, layer_id: int, x: Tensor, weight: Tensor, norm_weight: Tensor, dilation: int,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
         """See Context."""
-        t = torch.arange(len(x), device=x.device)
-        back = torch.arange(taps - 1, -1, -1, device=x.device) * dilation
-        inside = self.positions[:, None] >= back
-        return x[(t[:, None] - back).clamp(min=0)] * inside.unsqueeze(-1).to(x.dtype)
+        return engram_causal_conv(
+            x, self.positions, weight, norm_weight, dilation=dilation, eps=eps
+        )

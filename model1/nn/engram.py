@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model1.config import ModelConfig
 from model1.nn.layers import Linear, new_weight
-from model1.ops.engram import HashSpec, RowStore, engram_gate, engram_hash, engram_short_conv
+from model1.ops.engram import HashSpec, RowStore, engram_gate, engram_hash
 
 if TYPE_CHECKING:
     from model1.nn.context import Context
@@ -31,6 +31,9 @@ class EngramTable(nn.Module):
         super().__init__()
         self.weight: nn.Parameter | None = new_weight(num_rows, head_dim, std=ROW_INIT_STD)
         self.store: RowStore | None = None
+        # True for an optimiser that takes a gradient of the rows that were read, each as often as
+        # it was (`model1.train.optim`), in place of one of the table's size.
+        self.has_sparse_gradient = False
 
     def set_rows(self, store: RowStore) -> None:
         """Read stored rows from now on; the trainable weight is dropped."""
@@ -40,12 +43,15 @@ class EngramTable(nn.Module):
             )
         self.weight, self.store = None, store
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """rows [t, num_tables] int64 to their channels side by side, [t, num_tables * dim]."""
         if self.store is not None:
-            return self.store.gather(rows).flatten(1)
+            if dtype == torch.float64:
+                return self.store.gather(rows).flatten(1).to(dtype)
+            return self.store.gather(rows, dtype=dtype).flatten(1)
         assert self.weight is not None
-        return F.embedding(rows, self.weight).flatten(1)
+        read = F.embedding(rows, self.weight, sparse=self.has_sparse_gradient)
+        return read.flatten(1).to(dtype)
 
 
 class Engram(nn.Module):
@@ -83,15 +89,15 @@ class Engram(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor, context: Context) -> Tensor:
         """Streams x [t, n, c] to x plus the memory's contribution."""
-        keys_value = self.wkv(self.table(rows).to(x.dtype)).unflatten(
-            -1, (self.num_streams + 1, -1)
-        )
+        keys_value = self.wkv(self.table(rows, x.dtype)).unflatten(-1, (self.num_streams + 1, -1))
         key, value = keys_value[:, :-1], keys_value[:, -1]
         gated, _ = engram_gate(x, key, value, self.norm_weight, eps=self.eps)
         if self.conv_weight is None or self.conv_norm is None:
             return x + gated
-        window = context.conv_window(self.layer_id, gated.flatten(1), CONV_TAPS, self.dilation)
-        conv = engram_short_conv(window, self.conv_weight, self.conv_norm, eps=self.eps)
+        conv = context.short_conv(
+            self.layer_id, gated.flatten(1), self.conv_weight, self.conv_norm, self.dilation,
+            self.eps,
+        )  # fmt: skip
         return x + gated + conv.view_as(x)
 
 

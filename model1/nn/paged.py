@@ -18,6 +18,7 @@ from model1.nn.context import frequencies, log_position
 from model1.nn.indexer import core_count
 from model1.nn.kv import KVCache
 from model1.nn.metadata import AttentionMetadata
+from model1.ops.engram import engram_short_conv
 from model1.ops.kv_write import NORM_ROPE_STORE, norm_rope_store
 from model1.ops.lowrank_attention import LOWRANK_ATTENTION, lowrank_attention
 from model1.ops.paged_decode import PAGED_DECODE, paged_decode
@@ -181,8 +182,16 @@ class PagedContext:
             out, angles, gate, d_rope=d_rope, is_checked=is_checked, backend=self.backend
         )
 
-    def conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
+    def short_conv(
+        self, layer_id: int, x: Tensor, weight: Tensor, norm_weight: Tensor, dilation: int,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
         """See Context; earlier values come from the cache."""
+        window = self._conv_window(layer_id, x, weight.shape[1], dilation)
+        return engram_short_conv(window, weight, norm_weight, eps=eps)
+
+    def _conv_window(self, layer_id: int, x: Tensor, taps: int, dilation: int) -> Tensor:
+        """x [t, w] and its values dilation * j tokens earlier, [t, taps, w], oldest first."""
         store, size = self.cache.conv[layer_id], self.cache.block_size
         store.index_copy_(0, self.meta.slot_mapping, x.to(store.dtype))
         back = torch.arange(taps - 1, -1, -1, device=self.device) * dilation

@@ -29,6 +29,7 @@ import torch
 from model1.errors import BackendUnavailable
 
 ENTRY_POINT_GROUP = "model1.backends"
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Gluon, the language of the Hopper kernels, still changes from one minor version to the next.
 GLUON_TRITON = (3, 6)
 _log = logging.getLogger(__name__)
@@ -118,6 +119,18 @@ def calls_ref_directly(backend: str) -> bool:
     """
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return backend == "ref" and not recorded
+
+
+def unless_fused(backend: str, x: torch.Tensor) -> str:
+    """`backend`, or "ref" for "auto" where a small operator's kernel on a GPU is no gain.
+
+    That is in a graph under torch.compile, which fuses plain PyTorch with what is around it and
+    would have to stop at a kernel, and for x of a dtype that kernels do not take.
+    """
+    if backend != "auto" or not x.is_cuda:
+        return backend
+    is_plain = torch.compiler.is_compiling() or x.dtype not in KERNEL_DTYPES
+    return "ref" if is_plain else backend
 
 
 def triton_refusal(device: torch.device, min_capability: tuple[int, int]) -> str | None:

@@ -16,8 +16,11 @@ from model1.ops.launch import USUAL_CHANNELS
 from model1.testing.targets import TARGETS
 
 MODULES = (
+    "model1.ops.activation.portable",
     "model1.ops.engram.portable",
+    "model1.ops.engram.portable_conv",
     "model1.ops.engram.portable_rows",
+    "model1.ops.engram.portable_train",
     "model1.ops.fp8_linear.portable",
     "model1.ops.grouped_matmul.portable",
     "model1.ops.kv_cache.portable",
@@ -31,12 +34,17 @@ MODULES = (
     "model1.ops.moe.portable_route",
     "model1.ops.moe.portable_rows",
     "model1.ops.moe.portable_sort",
+    "model1.ops.norm.portable",
+    "model1.ops.norm.portable_backward",
+    "model1.ops.paged_decode.hopper",
     "model1.ops.paged_decode.portable",
+    "model1.ops.rope.portable",
     "model1.ops.rope_gate.portable",
     "model1.ops.selector.portable",
     "model1.ops.selector.portable_lightning",
     "model1.ops.sparse_decode.hopper",
     "model1.ops.sparse_decode.portable",
+    "model1.ops.sparse_prefill.hopper",
     "model1.ops.sparse_prefill.portable",
     "model1.ops.sparse_prefill.portable_backward",
 )

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from model1.errors import ConfigError
+from model1.nn.engram import EngramTable
+from model1.ops.engram import row_adam_step, sum_equal_rows
 from model1.train.config import OptimSection
 
 TABLE_PATTERN = re.compile(r"(^|\.)table\.weight$")
@@ -164,17 +166,11 @@ class RowAdam:
         for (_, p), (mean, square, steps) in zip(self.named, self.moments, strict=True):
             if p.grad is None:
                 continue
-            grad = p.grad
-            touched = (grad != 0).any(dim=1, keepdim=True)
-            # weight 0 in lerp keeps the old value exactly
-            mean.lerp_(grad, touched * (1.0 - self.beta1))
-            square.lerp_(grad * grad, touched * (1.0 - self.beta2))
-            steps += touched
-            count = steps.clamp(min=1.0)
-            mean_hat = mean / (1.0 - self.beta1**count)
-            square_hat = square / (1.0 - self.beta2**count)
-            update = mean_hat / (square_hat.sqrt() + self.eps)
-            p.copy_(torch.where(touched, p - lr * update, p))
+            rows, grads = _row_gradients(p.grad)
+            row_adam_step(
+                p, mean, square, steps, rows, grads,
+                lr=lr, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
         """State tensors by name; writing into them restores a state."""
@@ -186,17 +182,34 @@ class RowAdam:
         }
 
 
+def _row_gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that a table's gradient has, each once, and their gradients.
+
+    A sparse gradient has every row that a step read, as often as it did.
+    """
+    if grad.layout == torch.sparse_coo:
+        return sum_equal_rows(grad._indices()[0], grad._values())
+    rows = (grad != 0).any(dim=1).nonzero().flatten()
+    return rows, grad.index_select(0, rows)
+
+
 def _grad_or_zero(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 class Optimizer:
-    """The four optimisers of one model and the clipping in front of them."""
+    """The optimisers of one model and the clipping in front of them.
+
+    Makes the gradients of its Engram tables sparse.
+    """
 
     def __init__(self, model: nn.Module, settings: OptimSection) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ConfigError("the model has no parameter to train")
+        for module in model.modules():
+            if isinstance(module, EngramTable):
+                module.has_sparse_gradient = True
         self.settings = settings
         self.groups = {g: [(n, p) for n, p in named if group_of(n, p) == g] for g in GROUPS}
         self.clipped = [p for g in GROUPS if g != "table" for _, p in self.groups[g]]

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops import backend as dispatch
+from model1.ops.activation import swiglu
+from model1.ops.engram import engram_causal_conv
 from model1.ops.kv_cache import (
     KVLayout,
     allocate_kv_cache,
@@ -38,7 +40,14 @@ from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.rope import Rotation, rope_frequencies, rotation
+from model1.ops.norm import add_rms_norm, rms_norm
+from model1.ops.rope import (
+    Rotation,
+    norm_rotate_tail,
+    rope_frequencies,
+    rotate_tail,
+    rotation,
+)
 from model1.ops.rope_gate import inverse_rope_gate
 from model1.ops.selector import lowrank_topk
 from model1.ops.sparse_decode import sparse_decode
@@ -204,22 +213,57 @@ def mixed(backend: str, device: str) -> list[Tensor]:
     return [*weights, collapsed, written, *torch.autograd.grad([collapsed, written], leaves, grads)]
 
 
+def small_steps(backend: str, device: str) -> list[Tensor]:
+    """Norm, rotation and activation, forward and backward."""
+    x, y, both = (random(5, n, 8, device=device).requires_grad_() for n in (3, 3, 6))
+    weight = random(8, device=device).requires_grad_()
+    turn = angles(5, 4, device)
+    out, total = add_rms_norm(x, y, weight, 1e-6, backend=backend)
+    turned = rotate_tail(2 * total, turn, inverse=True, backend=backend)
+    normed = norm_rotate_tail(2 * total, turn, norm_eps=1e-6, backend=backend)
+    gated = swiglu(out, rms_norm(y, None, 1e-6, backend=backend), 0.5, backend=backend)
+    results = [out, total, turned, normed, gated, swiglu(both, None, None, backend=backend)]
+    grads = [random(*result.shape, device=device) for result in results]
+    return [*results, *torch.autograd.grad(results, [x, y, weight, both], grads)]
+
+
+def convolved(backend: str, device: str) -> list[Tensor]:
+    """Two documents, forward and backward."""
+    leaves = [random(*shape, device=device).requires_grad_() for shape in ((7, 8), (8, 3), (2, 4))]
+    x, weight, norm_weight = leaves
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2], device=device)
+    out = engram_causal_conv(
+        x, positions, weight, norm_weight, dilation=2, eps=1e-5, backend=backend
+    )
+    return [out, *torch.autograd.grad(out, leaves, random(7, 8, device=device))]
+
+
+SMALL = (
+    "norm_rotate_tail_backward", "rms_norm", "rms_norm_backward", "rotate_tail", "swiglu",
+    "swiglu_backward",
+)  # fmt: skip
 MHC = [f"mhc_{x}{y}" for x in ("coefficients", "collapse", "write_back") for y in ("", "_backward")]
 # What the operators' own tests check only of kernels: gradients, quantised stores, long calls. The
 # other operators are tested by those alone.
-CASES: dict[str, Case] = dict.fromkeys(MHC, mixed) | {
-    "inverse_rope_gate": gated,
-    "inverse_rope_gate_backward": gated,
-    "lowrank_attention": attended_in_part,
-    "lowrank_remainder": attended_in_part,
-    "lowrank_topk": attended_in_part,
-    "mha_prefill": attended,
-    "mha_prefill_backward": attended,
-    "norm_rope_store": normalised_and_stored,
-    "sparse_decode": decoded_sparsely,
-    "sparse_prefill": attended_sparsely,
-    "sparse_prefill_backward": attended_sparsely,
-}
+CASES: dict[str, Case] = (
+    dict.fromkeys(MHC, mixed)
+    | dict.fromkeys(SMALL, small_steps)
+    | {
+        "engram_causal_conv": convolved,
+        "engram_causal_conv_backward": convolved,
+        "inverse_rope_gate": gated,
+        "inverse_rope_gate_backward": gated,
+        "lowrank_attention": attended_in_part,
+        "lowrank_remainder": attended_in_part,
+        "lowrank_topk": attended_in_part,
+        "mha_prefill": attended,
+        "mha_prefill_backward": attended,
+        "norm_rope_store": normalised_and_stored,
+        "sparse_decode": decoded_sparsely,
+        "sparse_prefill": attended_sparsely,
+        "sparse_prefill_backward": attended_sparsely,
+    }
+)
 
 
 def test_the_example_provides_every_operator() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from model1 import presets
+from model1.nn.engram import EngramTable
 from model1.nn.model import Model
 from model1.train.config import OptimSection
 from model1.train.optim import Adam, Muon, Optimizer, RowAdam, group_of, newton_schulz
@@ -117,6 +118,28 @@ def test_a_row_read_every_step_follows_adam() -> None:
             pairs[0][1].grad = grad.clone()
             optimizer.step(0.01)
     torch.testing.assert_close(rows[0][1].detach(), plain[0][1].detach())
+
+
+def test_a_models_tables_train_alike_on_sparse_and_dense_gradients() -> None:
+    ids = torch.randint(0, 256, (2, 24))
+    tables = []
+    for is_sparse in (True, False):
+        torch.manual_seed(1)
+        model = tiny_model()
+        optimizer = Optimizer(model, SETTINGS)
+        (_, table), *_ = optimizer.groups["table"]
+        for module in model.modules():
+            if isinstance(module, EngramTable):
+                module.has_sparse_gradient = is_sparse
+        for _ in range(2):
+            for part in ids:  # gradients of two micro-batches add up
+                model(part[None]).square().mean().backward()
+            assert table.grad is not None
+            assert (table.grad.layout == torch.sparse_coo) == is_sparse
+            optimizer.clip()
+            optimizer.step(1.0)
+        tables.append(table.detach())
+    torch.testing.assert_close(tables[0], tables[1], rtol=1e-4, atol=1e-6)
 
 
 def test_clipping_leaves_tables_alone() -> None:

@@ -1,7 +1,8 @@
 """Engram: hashed n-gram memory read by token ids alone (arXiv 2601.07372). The op's contract.
 
 ids -> `engram_hash` -> rows -> `RowStore.gather` or an embedding -> projections (a module's
-work) -> `engram_gate` [-> `engram_short_conv`] -> added to the residual streams.
+work) -> `engram_gate` [-> `engram_causal_conv` or
+`engram_short_conv`] -> added to the residual streams.
 Inputs are checked by shape and dtype; ids and rows out of range are an IndexError on the CPU, and
 a kernel gives a row of -1, or channels of NaN, for them. Axis letters: t tokens, N places of an
 n-gram (the token itself first), T tables, n residual streams, d channels, K taps.
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from model1.ops.backend import Operator
 from model1.ops.engram.checks import check_eps, check_for_kernel, check_int64, check_shape
+from model1.ops.engram.conv import engram_causal_conv
 from model1.ops.engram.gate import engram_gate
 from model1.ops.engram.hashing import HashSpec, build_hash_specs, check_compression_table
 from model1.ops.engram.ref import engram_hash_ref, engram_short_conv_ref
+from model1.ops.engram.row_adam import row_adam_step, sum_equal_rows
 from model1.ops.engram.rows import RowStore, quantize_rows
 
 __all__ = [
@@ -26,10 +29,13 @@ __all__ = [
     "RowStore",
     "build_hash_specs",
     "check_compression_table",
+    "engram_causal_conv",
     "engram_gate",
     "engram_hash",
     "engram_short_conv",
     "quantize_rows",
+    "row_adam_step",
+    "sum_equal_rows",
 ]
 
 ENGRAM_HASH = Operator(

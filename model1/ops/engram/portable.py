@@ -22,6 +22,7 @@ from triton import knobs
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.engram.ref import GATE_SCORE_MIN
 from model1.ops.launch import launch_options
+from model1.ops.partial_sums import sum_parts, sum_parts_kernel, sum_parts_sizes
 from model1.ops.rounding import round_to
 
 _SCORE_MIN = tl.constexpr(GATE_SCORE_MIN)
@@ -207,21 +208,6 @@ def _engram_gate_row_bwd_kernel(
     tl.store(partial_ptr + (part.to(tl.int64) * N + stream) * D + channel, total, mask=channel < D)
 
 
-@triton.jit(do_not_specialize=["num_parts", "size"])
-def _engram_gate_weight_bwd_kernel(
-    partial_ptr, d_weight_ptr, num_parts, size,
-    INTERPRETED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    at = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None]
-    total = tl.zeros((BLOCK_P, BLOCK), tl.float32)
-    for first in range(0, num_parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P).to(tl.int64)[:, None]
-        mask = (part < num_parts) & (at < size)
-        total += tl.load(partial_ptr + part * size + at, mask=mask, other=0.0)
-    d_weight = tl.sum(total, axis=0)[None]
-    _store(d_weight_ptr + at, d_weight, at < size, False, INTERPRETED)
-
-
 def engram_gate_triton(
     h: Tensor, key: Tensor, value: Tensor, norm_weight: Tensor, live: Tensor | None,
     eps: float, signed_sqrt: bool, config: Config | None = None,
@@ -261,12 +247,10 @@ def engram_gate_backward_triton(
     num_parts = -(-t // config.tokens_per_sum)
     factors = torch.empty((3, t, n), dtype=torch.float32, device=device)
     partial = torch.empty((num_parts, n, d), dtype=torch.float32, device=device)
-    score, row, weight = _backward_sizes(n, d, config)
+    score, row = _backward_sizes(n, d, config)
     common = {"INTERPRETED": knobs.runtime.interpret, **launch_options(config.num_warps, 1)}
     h, key, value = map(_rows, (h, key, value))
-    kernels: tuple[Any, ...] = (
-        _engram_gate_score_bwd_kernel, _engram_gate_row_bwd_kernel, _engram_gate_weight_bwd_kernel
-    )  # fmt: skip
+    kernels: tuple[Any, ...] = (_engram_gate_score_bwd_kernel, _engram_gate_row_bwd_kernel)
     with torch.cuda.device_of(h):
         kernels[0][(t,)](
             grad.contiguous(), value, value.stride(0), gate, scores,
@@ -277,9 +261,7 @@ def engram_gate_backward_triton(
             h, *h.stride()[:2], key, *key.stride()[:2], norm_weight.contiguous(), factors,
             d_h, d_key, partial, t, **row, **common,
         )  # fmt: skip
-        kernels[2][(-(-n * d // weight["BLOCK"]),)](
-            partial, d_weight, num_parts, n * d, **weight, **common
-        )
+        sum_parts(partial, d_weight)
     return d_h, d_key, d_value, d_weight
 
 
@@ -296,18 +278,18 @@ def _forward_sizes(n: int, d: int, config: Config) -> dict[str, Any]:
 
 
 def _backward_sizes(n: int, d: int, config: Config) -> tuple[dict[str, Any], ...]:
-    """Of the pass to the score, of that to h and key, and of the weight's sum."""
+    """Of the pass to the score and of that to h and key."""
     block_d = min(config.channels, triton.next_power_of_2(d))
     common = {"N": n, "D": d, "BLOCK_D": block_d}
     score = {"BLOCK_N": triton.next_power_of_2(n), "UNROLL": config.unroll}
     rows = {"TOKENS": config.tokens_per_sum, "BLOCK_T": config.backward_tokens}
-    return common | score, common | rows, {"BLOCK_P": 64, "BLOCK": 32}
+    return common | score, common | rows
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Four streams of 4096 channels, keys and value from one projection."""
     n, d, config = 4, 4096, Config()
-    score, row, weight = _backward_sizes(n, d, config)
+    score, row = _backward_sizes(n, d, config)
     strides = {
         "stride_h_t": n * d, "stride_h_n": d, "stride_key_t": (n + 1) * d, "stride_key_n": d,
         "stride_value_t": (n + 1) * d,
@@ -320,7 +302,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         (_engram_gate_fwd_kernel, "forward", _forward_sizes(n, d, config)),
         (_engram_gate_score_bwd_kernel, "backward, score", score),
         (_engram_gate_row_bwd_kernel, "backward, rows", row),
-        (_engram_gate_weight_bwd_kernel, "backward, weight", weight),
+        (sum_parts_kernel, "backward, weight", sum_parts_sizes()),
     ):
         constants = {
             x: value for x, value in (strides | flags | sizes).items() if x in kernel.arg_names
@@ -328,7 +310,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         half = dict.fromkeys(("h_ptr", "key_ptr", "value_ptr", "grad_ptr", "out_ptr"), "*bf16")
         half |= dict.fromkeys(("d_h_ptr", "d_key_ptr", "d_value_ptr"), "*bf16")
         single = ("weight_ptr", "gate_ptr", "scores_ptr", "d_gate_ptr", "factors_ptr")
-        others = dict.fromkeys((*single, "partial_ptr", "d_weight_ptr"), "*fp32")
+        others = dict.fromkeys((*single, "partial_ptr", "total_ptr"), "*fp32")
         others |= {"live_ptr": "*i1", "eps": "fp32"}
         others |= dict.fromkeys(("num_tokens", "num_parts", "size"), "i32")
         cases.append(

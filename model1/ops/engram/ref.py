@@ -139,3 +139,51 @@ def _sigmoid(x: Tensor) -> Tensor:
     """Of each number the same bits wherever it lies: with AVX-512 PyTorch's own rounds the last
     numbers of a tensor differently, and a token must not change with what is beside it."""
     return F.logsigmoid(x).exp()
+
+
+def engram_causal_conv_ref(
+    x: Tensor, positions: Tensor, weight: Tensor, norm_weight: Tensor, dilation: int, eps: float
+) -> Tensor:
+    """Oracle of `engram_causal_conv`: the window of each token, then `engram_short_conv_ref`."""
+    row = torch.arange(len(x), device=x.device)
+    back = torch.arange(weight.shape[1] - 1, -1, -1, device=x.device) * dilation
+    is_inside = positions[:, None] >= back
+    window = x[(row[:, None] - back).clamp(min=0)] * is_inside.unsqueeze(-1).to(x.dtype)
+    return engram_short_conv_ref(window, weight, norm_weight, eps)
+
+
+def engram_causal_conv_backward_ref(
+    grad: Tensor, x: Tensor, positions: Tensor, weight: Tensor, norm_weight: Tensor,
+    dilation: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight and norm_weight.
+
+    With y = x / rms and the sum z under the SiLU:  dz = grad silu'(z), and tap j of channel c gets
+    sum_t dz[t] y[t - back_j]; v[t] = norm_weight sum_j weight_j dz[t + back_j];
+    d_x = (v - y mean(v y)) / rms
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    t, num_taps = len(x), weight.shape[1]
+    branches = x.to(dtype).unflatten(1, norm_weight.shape)
+    rstd = torch.rsqrt(branches.square().mean(-1, keepdim=True) + eps)
+    y, scale = (branches * rstd).flatten(1), norm_weight.to(dtype).flatten()
+    taps, earlier, masks, z = weight.to(dtype), [], [], torch.zeros_like(y)
+    for j in range(num_taps):
+        back = (num_taps - 1 - j) * dilation
+        is_inside = (positions >= back).unsqueeze(-1)
+        seen = torch.cat([y.new_zeros(min(back, t), y.shape[1]), y[: max(t - back, 0)]])
+        earlier.append(torch.where(is_inside, seen, 0.0))
+        masks.append((back, is_inside))
+        z = z + earlier[-1] * scale * taps[:, j]
+    sigmoid = _sigmoid(z)
+    dz = grad.to(dtype) * sigmoid * (1 + z * (1 - sigmoid))
+    by_tap = torch.stack([(dz * seen).sum(0) for seen in earlier], dim=1)
+    v = torch.zeros_like(y)
+    for j, (back, is_inside) in enumerate(masks):
+        later = torch.where(is_inside, dz, 0.0)[back:] * (scale * taps[:, j])
+        v[: len(later)] += later
+    v, y = v.view_as(branches), y.view_as(branches)
+    d_x = (v - y * (v * y).mean(-1, keepdim=True)) * rstd
+    d_norm_weight = (by_tap * taps).sum(1).view_as(norm_weight)
+    d_weight = by_tap * scale.unsqueeze(1)
+    return d_x.flatten(1).to(x), d_weight.to(weight), d_norm_weight.to(norm_weight)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from model1.ops.kv_cache.layout import KVLayout
 from model1.ops.kv_cache.ref import quantize_and_store_ref
-from model1.ops.norm import rms_norm
-from model1.ops.rope import Rotation, rotate_tail
+from model1.ops.norm.ref import normalise
+from model1.ops.rope.angles import Rotation
+from model1.ops.rope.ref import rotate_tail_ref
 
 
 def norm_rope_store_ref(
@@ -25,9 +26,9 @@ def norm_rope_store_ref(
     return_latent: bool,
 ) -> Tensor:
     """See `model1.ops.kv_write.norm_rope_store`."""
-    latent = rms_norm(kv[:, :norm_width], norm_weight, eps)
+    latent = normalise(kv[:, :norm_width], norm_weight, eps)
     if norm_width < layout.d:
         latent = torch.cat([latent, kv[:, norm_width:]], dim=-1)
-    latent = rotate_tail(latent, rotation)
+    latent = rotate_tail_ref(latent, rotation)
     quantize_and_store_ref(latent, kv_cache, slot_mapping, layout=layout, block_size=block_size)
     return latent if return_latent else latent.new_empty(0, layout.d)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model1.ops.norm import over_rms
+from model1.ops.norm.ref import over_rms
 from model1.ops.ragged import counts_calls
 
 

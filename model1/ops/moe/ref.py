@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model1.ops.activation import swiglu
+from model1.ops.activation.ref import swiglu_ref
 from model1.ops.fp8_linear.ref import fp8_matmul_ref, fp8_quantize_ref
 
 
@@ -54,7 +54,7 @@ def moe_experts_ref(
         if rows.numel() == 0:
             continue
         gate, up = F.linear(x[rows], gate_up[expert_id].to(x.dtype)).chunk(2, dim=-1)
-        y = F.linear(swiglu(gate, up, swiglu_limit), down[expert_id].to(x.dtype))
+        y = F.linear(swiglu_ref(gate, up, swiglu_limit), down[expert_id].to(x.dtype))
         out = out.index_add(0, rows, y * weights[rows, choice, None].to(x.dtype))
     return out
 
@@ -78,7 +78,7 @@ def moe_experts_backward_ref(
             continue
         first, second = gate_up[expert_id].to(x.dtype), down[expert_id].to(x.dtype)
         gate, up = F.linear(x[rows], first).chunk(2, dim=-1)
-        act = swiglu(gate, up, swiglu_limit)
+        act = swiglu_ref(gate, up, swiglu_limit)
         d_out = grad[rows] * weights[rows, choice, None].to(x.dtype)
         d_weights[rows, choice] = (grad[rows] * F.linear(act, second)).sum(-1).type_as(weights)
         d_h = _swiglu_backward(d_out @ second, gate, up, swiglu_limit)
@@ -119,7 +119,7 @@ def moe_experts_fp8_ref(
             continue
         h = _fp8_product(x[rows], gate_up[expert_id], gate_up_scale[expert_id])
         gate, up = h.float().chunk(2, dim=-1)
-        act = swiglu(gate, up, swiglu_limit) * weights[rows, choice, None].float()
+        act = swiglu_ref(gate, up, swiglu_limit) * weights[rows, choice, None].float()
         y = _fp8_product(act.type_as(x), down[expert_id], down_scale[expert_id])
         out = out.index_add(0, rows, y.float())
     return out.type_as(x)

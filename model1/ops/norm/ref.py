@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Plain PyTorch for root-mean-square normalisation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,42 @@ from torch import Tensor
 from model1.ops.ragged import counts_calls
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x**2, last axis) + eps) * weight, in the dtype of x; weight None means 1.
+def rms_norm_ref(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The normalised x + residual, and that sum; see `model1.ops.norm.add_rms_norm`."""
+    total = x if residual is None else x + residual
+    return normalise(total, weight, eps), total
 
-    x: [..., c] floating point, 16 bits computed in fp32 and rounded once; leading axes may be
-    empty. weight: [c] of any floating dtype, rounded to that of x first. A NaN makes its row NaN,
-    an infinity itself NaN and the rest of its row 0. Differentiable. Source: arXiv 1910.07467.
-    """
+
+def normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See `model1.ops.norm.rms_norm`."""
     if x.dtype == torch.float32 and counts_calls(x):
         # Half the time of F.rms_norm, which PyTorch composes of more calls.
         out = _over_rms_few(x, x, eps)
         return out if weight is None else out.mul_(weight.type_as(x))
     weight = None if weight is None else weight.to(x.dtype)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rms_norm_backward_ref(
+    grad: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum `total` and of weight; the latter is empty without a weight.
+
+    With y = total / rms and g = grad weight:  d = (g - y mean(g y)) / rms + d_total
+    """
+    wide, g = total.float(), grad.float()
+    rstd = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    y = wide * rstd
+    d_weight = total.new_empty(0)
+    if weight is not None:
+        d_weight = (g * y).flatten(0, -2).sum(0).to(weight.dtype)
+        g = g * weight.to(total.dtype).float()
+    d_x = (g - y * (g * y).mean(dim=-1, keepdim=True)) * rstd
+    if d_total is not None:
+        d_x = d_x + d_total.float()
+    return d_x.type_as(total), d_weight
 
 
 def over_rms(y: Tensor, x: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,4 @@
-"""Rotary position embedding on adjacent pairs, its inverse, and YaRN frequencies.
-
-Pairs are interleaved (0,1), (2,3), ...: the layout of MLA and MODEL1 (V3.2's indexer differs).
-"""
+"""Angles of rotary position embedding, and YaRN frequencies."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from model1.ops.ragged import counts_calls
 
 
 class Rotation(NamedTuple):
@@ -47,33 +42,3 @@ def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
     cos = angles.cos().repeat_interleave(2, dim=-1)
     sin = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
     return Rotation(cos.float(), sin.float())
-
-
-def apply_rope(
-    x: Tensor, angles: Rotation, *, inverse: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """Rotate [t, d_rope] or [t, h, d_rope] by the angle of each position; `inverse` turns back.
-
-    Computed in fp32, returned in the dtype of x; or written to `out`, fp32 like x, x itself too.
-    """
-    cos, sin = angles
-    shape = x.shape
-    if len(shape) == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    x32 = x.float()
-    swapped = x32.view(*shape[:-1], shape[-1] // 2, 2).flip(-1).view(shape)
-    turned = torch.addcmul(x32 * cos, swapped, sin, value=-1.0 if inverse else 1.0, out=out)
-    return turned.type_as(x)
-
-
-def rotate_tail(x: Tensor, angles: Rotation, *, inverse: bool = False) -> Tensor:
-    """x [t, d] or [t, h, d] with its last d_rope channels rotated as `apply_rope` does.
-
-    The caller gives x up: where no gradient is recorded, its memory may hold the result.
-    """
-    d_rope = angles.cos.shape[-1]
-    plain, rotary = x.split_with_sizes((x.shape[-1] - d_rope, d_rope), dim=-1)
-    if x.dtype == torch.float32 and counts_calls(x):
-        apply_rope(rotary, angles, inverse=inverse, out=rotary)
-        return x
-    return torch.cat((plain, apply_rope(rotary, angles, inverse=inverse)), dim=-1)
