@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model1.ops.norm import over_rms
+from model1.ops.norm import over_rms, rms_norm
 from model1.ops.ragged import counts_calls
 
 
@@ -149,3 +149,52 @@ def mhc_write_back_backward_ref(
     d_y = (post.float().unsqueeze(1) @ wide).squeeze(1)
     d_post = (wide @ y.float().unsqueeze(-1)).squeeze(-1)
     return d_x.type_as(x), d_y.type_as(y), d_post.type_as(post), d_comb.type_as(comb)
+
+
+def mhc_collapse_norm_ref(x: Tensor, pre: Tensor, weight: Tensor, *, norm_eps: float) -> Tensor:
+    """See `model1.ops.mhc.chain.mhc_collapse_norm`; u alone."""
+    return rms_norm(mhc_collapse_ref(x, pre), weight, norm_eps)
+
+
+def mhc_collapse_norm_backward_ref(
+    grad: Tensor, passed: Tensor | None, x: Tensor, pre: Tensor, weight: Tensor, *, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, pre and weight from that of u and, added to the first, of x passed on."""
+    streams, wide = x.float(), grad.float()
+    collapsed = (pre.float().unsqueeze(-1) * streams).sum(dim=1)
+    rstd = torch.rsqrt(collapsed.square().mean(dim=-1, keepdim=True) + norm_eps)
+    normed, scaled = collapsed * rstd, wide * weight.float()
+    along = (scaled * normed).mean(dim=-1, keepdim=True)
+    d_collapsed = ((scaled - along * normed) * rstd).unsqueeze(1)
+    d_x = pre.float().unsqueeze(-1) * d_collapsed
+    d_x = d_x if passed is None else d_x + passed.float()
+    d_pre, d_weight = (d_collapsed * streams).sum(dim=-1), (wide * normed).sum(dim=0)
+    return d_x.type_as(x), d_pre.type_as(pre), d_weight.type_as(weight)
+
+
+def mhc_write_back_coefficients_ref(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `model1.ops.mhc.chain.mhc_write_back_coefficients`."""
+    out = mhc_write_back_ref(x, y, post, comb)
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    return out, *mhc_coefficients_ref(out, phi, scale, bias, **options)
+
+
+def mhc_write_back_coefficients_backward_ref(
+    d_out: Tensor, d_pre: Tensor, d_post: Tensor, d_comb: Tensor,
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
+    saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the seven tensors that the forward takes, in its order.
+
+    saved: what a backend's forward returned behind the coefficients, here nothing.
+    """
+    out = mhc_write_back_ref(x, y, post, comb)
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    through, *parameters = mhc_coefficients_backward_ref(
+        d_pre, d_post, d_comb, out, phi, scale, bias, saved, **options
+    )
+    total = (d_out.float() + through.float()).type_as(x)
+    return *mhc_write_back_backward_ref(total, x, y, post, comb), *parameters
