@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -181,14 +182,16 @@ class Model(nn.Module):
         """Embedding to final norm, [t, c], or only the given rows of it."""
         x = F.embedding(token_ids, self.embed.weight).to(dtype)
         x = x[:, None].expand(-1, self.config.num_streams, -1)
-        for layer in self.layers:
+        weights = None
+        for layer, following in zip_longest(self.layers, self.layers[1:]):
             engram = layer.engram
             memory = None
             if isinstance(engram, Engram):
                 memory = engram.rows(ngram_token_ids, self.compression_table)
-            x = layer(x, memory, context)
+            behind = None if following is None else following.first_connection
+            x, weights = layer(x, memory, context, weights, behind)
         x = x if rows is None else x[rows]
-        return self.norm(x[:, 0] if self.mhc_head is None else self.mhc_head(x))
+        return self.norm(x[:, 0]) if self.mhc_head is None else self.mhc_head(x, self.norm)
 
     def after_optimizer_step(self) -> None:
         """Balance the experts, and make bases orthonormal again that training has moved."""

@@ -25,6 +25,8 @@ MODULES = (
     "model1.ops.mha_prefill.portable",
     "model1.ops.mhc.portable",
     "model1.ops.mhc.portable_backward",
+    "model1.ops.mhc.portable_chain",
+    "model1.ops.mhc.portable_chain_backward",
     "model1.ops.mhc.portable_streams",
     "model1.ops.paged_decode.portable",
     "model1.ops.rope_gate.portable",

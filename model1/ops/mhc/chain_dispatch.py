@@ -77,6 +77,7 @@ def _write_back_coefficients_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    out: Tensor,
     saved: Tensor,
     iters: int,
     eps: float,
@@ -86,7 +87,7 @@ def _write_back_coefficients_backward(
     grads = (grad.contiguous() for grad in (d_out, d_pre, d_post, d_comb))
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     run = WRITE_BACK_COEFFICIENTS_BACKWARD.load(backend)
-    return run(*grads, x, y, post, comb, phi, scale, bias, saved, **options)
+    return run(*grads, x, y, post, comb, phi, scale, bias, out, saved, **options)
 
 
 @_collapse_norm.register_fake
@@ -141,7 +142,8 @@ def _back_through_collapse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.fields = inputs[7:]
     ctx.mark_non_differentiable(output[4])
-    ctx.save_for_backward(*inputs[:7], output[4])
+    # the new streams too, which the next collapse keeps anyway
+    ctx.save_for_backward(*inputs[:7], output[0], output[4])
 
 
 def _back_through_write_back(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

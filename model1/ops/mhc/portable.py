@@ -23,7 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
-from model1.ops.launch import device_target, launch_options, num_sms
+from model1.ops.launch import launch_options, num_sms
 from model1.ops.mhc.checks import check_kernel_streams
 from model1.ops.mhc.portable_rounds import (
     matrix_columns,
@@ -72,7 +72,7 @@ def choose_config(t: int, n: int, dtype: torch.dtype) -> Config:
 @triton.jit(do_not_specialize=["t", "splits", "blocks_per_split"])
 def _project_kernel(
     x_ptr, stride_x_t, stride_x_n, phi_ptr, parts_ptr, t, splits, blocks_per_split,
-    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, REGISTER: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     # parts [splits, t, BLOCK_W]: the products, then the sum of squares
@@ -99,22 +99,22 @@ def _project_kernel(
         phi = tl.load(weights + stream * C + channel, mask=is_phi, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         squares += wide * wide
-        products = add_products(products, x, phi, REGISTER)
+        products = add_products(products, x, phi, INTERPRETED, "")
     row = split.to(tl.int64) * t + token
     store_part(parts_ptr, row, products, squares, is_token, WIDTH)
 
 
 @triton.jit
-def add_products(products, x, phi, REGISTER: tl.constexpr):
+def add_products(products, x, phi, INTERPRETED: tl.constexpr, REGISTER: tl.constexpr):
     """products [BLOCK_T, BLOCK_W] and x [BLOCK_T, BLOCK_C] by fp32 phi [BLOCK_W, BLOCK_C].
 
-    As exact as fp32: phi goes in two parts of x's dtype, whose products with it are.
+    As exact as fp32: phi goes in two parts of x's dtype, whose products with it are. REGISTER: of
+    `pinned`.
     """
     x = pinned(x, REGISTER)
     if tl.float32 == x.dtype:
         products = tl.dot(x, tl.trans(phi), acc=products, input_precision="ieee")
     else:
-        INTERPRETED: tl.constexpr = REGISTER == ""
         high = round_to(phi, x.dtype, INTERPRETED)
         low = round_to(phi - high.to(tl.float32), x.dtype, INTERPRETED)
         # the interpreter multiplies matrices in fp32 alone
@@ -130,7 +130,8 @@ def pinned(x, REGISTER: tl.constexpr):
     """x itself, by an operation that the compiler does not repeat in another layout.
 
     Triton 3.6 moves the change of layout before a matrix product up to the loads that its factor
-    comes from. Here that would do the whole mixing twice, in registers that there are not.
+    comes from. After a write-back it would do the whole mixing twice, in registers that there are
+    not. REGISTER: a letter of `register_kind`; "" pins nothing, which loops of several stages need.
     """
     if REGISTER == "":
         return x
@@ -234,7 +235,7 @@ def project(x: Tensor, phi: Tensor, config: Config | None = None) -> Tensor:
         with torch.cuda.device_of(x):
             kernel[(-(-t // config.block_t) * splits,)](
                 x, x.stride(0), x.stride(1), phi.contiguous(), parts, t, splits, blocks_per_split,
-                REGISTER=register_kind(device_target(x.device)), **constants,
+                INTERPRETED=knobs.runtime.interpret, **constants,
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
     return parts
@@ -308,7 +309,8 @@ def block_width(width: int) -> int:
 
 TYPES = {
     "x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "grad_ptr": "*bf16",
-    "d_x_ptr": "*bf16", "d_y_ptr": "*bf16", "eps": "fp32", "norm_eps": "fp32",
+    "d_x_ptr": "*bf16", "d_y_ptr": "*bf16", "passed_ptr": "*bf16",
+    "eps": "fp32", "norm_eps": "fp32",
 }  # fmt: skip
 SHIPPED = (4, 4096)  # n, c
 SHIPPED_WIDTH = 24  # columns of their projection
@@ -338,7 +340,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         ("few tokens", FEW_TOKENS, 16),
     ):
         constants = project_constants(*SHIPPED, SHIPPED_WIDTH, config)
-        constants["REGISTER"], stages = register_kind(target), config.num_stages
+        constants["INTERPRETED"], stages = False, config.num_stages
         cases += [
             compile_case(f"project {name}", _project_kernel, constants, config.num_warps, stages),
             compile_case(f"finish {name}", _coefficients_kernel, last | {"SPLITS": splits}, 1),

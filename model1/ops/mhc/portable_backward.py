@@ -124,9 +124,10 @@ def _coefficients_bwd_kernel(
 
 @triton.jit(do_not_specialize=["t", "splits", "tokens_per_split"])
 def _project_bwd_kernel(
-    x_ptr, stride_x_t, stride_x_n, phi_ptr, d_product_ptr, d_x_ptr, d_phi_ptr,
+    x_ptr, stride_x_t, stride_x_n, phi_ptr, d_product_ptr, passed_ptr, d_x_ptr, d_phi_ptr,
     t, splits, tokens_per_split,
-    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    IS_PASSED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     # d_phi [splits, WIDTH, N * C]
@@ -159,6 +160,9 @@ def _project_bwd_kernel(
         is_product = is_token[:, None] & (column < WIDTH)[None, :]
         grad = tl.load(product[:, None] + column[None, :], mask=is_product, other=0.0)
         d_x = x.to(tl.float32) * tl.load(product + WIDTH, mask=is_token, other=0.0)[:, None]
+        at_x = (token[:, None] * N + stream) * C + channel
+        if IS_PASSED:
+            d_x += tl.load(passed_ptr + at_x, mask=is_x, other=0.0).to(tl.float32)
         factor = x.to(FACTOR)
         if IS_SHORT:
             rounded = round_to(grad, DTYPE, INTERPRETED)
@@ -171,8 +175,7 @@ def _project_bwd_kernel(
         else:
             d_phi = tl.dot(tl.trans(grad), factor, acc=d_phi, input_precision="ieee")
             d_x = tl.dot(grad, phi, acc=d_x, input_precision="ieee")
-        out = d_x_ptr + (token[:, None] * N + stream) * C + channel
-        tl.store(out, round_to(d_x, DTYPE, INTERPRETED), mask=is_x)
+        tl.store(d_x_ptr + at_x, round_to(d_x, DTYPE, INTERPRETED), mask=is_x)
     part = d_phi_ptr + split.to(tl.int64) * (WIDTH * N * C)
     tl.store(part + at, d_phi, mask=is_phi)
 
@@ -220,9 +223,16 @@ def product_gradient(
 
 
 def stream_gradient(
-    x: Tensor, phi: Tensor, d_product: Tensor, config: Config | None = None
+    x: Tensor,
+    phi: Tensor,
+    d_product: Tensor,
+    config: Config | None = None,
+    passed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and phi from that of their products; see `product_gradient`."""
+    """Gradients of x and phi from that of their products; see `product_gradient`.
+
+    passed: a contiguous gradient of x from elsewhere, added to the first.
+    """
     t, n, c = x.shape
     d_x = torch.empty(t, n, c, dtype=x.dtype, device=x.device)
     config = config or (SHORT if x.dtype == torch.bfloat16 else FULL_PRECISION)
@@ -234,8 +244,9 @@ def stream_gradient(
         kernel: Any = _project_bwd_kernel
         with torch.cuda.device_of(x):
             kernel[(blocks * splits,)](
-                x, x.stride(0), x.stride(1), phi.contiguous(), d_product, d_x, d_phi,
-                t, splits, tokens_per_split, INTERPRETED=knobs.runtime.interpret,
+                x, x.stride(0), x.stride(1), phi.contiguous(), d_product,
+                d_x if passed is None else passed, d_x, d_phi, t, splits, tokens_per_split,
+                IS_PASSED=passed is not None, INTERPRETED=knobs.runtime.interpret,
                 **project_constants(n, c, phi.shape[0], config),
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
@@ -252,11 +263,12 @@ def token_splits(t: int, blocks: int, config: Config, sms: int) -> tuple[int, in
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Gradients of four streams of 4096 channels."""
     config, first = SHORT, matrix_constants(*SHIPPED)
-    second, options = (
-        project_constants(*SHIPPED, SHIPPED_WIDTH, config),
-        (config.num_warps, config.num_stages),
-    )
-    return [
-        compile_case("coefficients backward", _coefficients_bwd_kernel, first, 1),
-        compile_case("project backward", _project_bwd_kernel, second, *options),
-    ]
+    second = project_constants(*SHIPPED, SHIPPED_WIDTH, config)
+    cases = [compile_case("coefficients backward", _coefficients_bwd_kernel, first, 1)]
+    for name, is_passed in (("project backward", False), ("project backward and add", True)):
+        constants, options = (
+            second | {"IS_PASSED": is_passed},
+            (config.num_warps, config.num_stages),
+        )
+        cases.append(compile_case(name, _project_bwd_kernel, constants, *options))
+    return cases

@@ -150,7 +150,7 @@ def _write_back_project_fwd_kernel(
             wide = out.to(tl.float32)
             squares += wide * wide
             phi = tl.load(phi_ptr + k * C + (column * (N * C) + channel), mask=is_phi, other=0.0)
-            products = add_products(products, out, phi.to(tl.float32), REGISTER)
+            products = add_products(products, out, phi.to(tl.float32), INTERPRETED, REGISTER)
     part = split.to(tl.int64) * t + tile + row
     store_part(parts_ptr, part, products, squares, is_token, WIDTH)
 
@@ -205,10 +205,12 @@ def with_near_tokens(x: Tensor, block_t: int) -> Tensor:
     return x if block_t * x.stride(0) + x.shape[2] < 2**31 else x.contiguous()
 
 
-def row_launch(n: int, c: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def row_launch(
+    n: int, c: int, channels_per_thread: int = CHANNELS_PER_THREAD
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and options of a kernel that holds all channels of a token."""
     block_c = max(32, triton.next_power_of_2(c))
-    num_warps = max(1, min(MAX_WARPS, block_c // (32 * CHANNELS_PER_THREAD)))
+    num_warps = max(1, min(MAX_WARPS, block_c // (32 * channels_per_thread)))
     constants = {"N": n, "C": c, "INTERPRETED": knobs.runtime.interpret, "BLOCK_C": block_c}
     return constants, launch_options(num_warps, 1)
 
@@ -216,6 +218,7 @@ def row_launch(n: int, c: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Four streams of 4096 channels."""
     constants, options = row_launch(*SHIPPED)
+    constants["INTERPRETED"] = False
     cases = [compile_case("collapse and norm", _collapse_norm_fwd_kernel, constants, **options)]
     for name, config in (
         ("many tokens", MANY_TOKENS),

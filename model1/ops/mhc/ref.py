@@ -185,13 +185,13 @@ def mhc_write_back_coefficients_ref(
 def mhc_write_back_coefficients_backward_ref(
     d_out: Tensor, d_pre: Tensor, d_post: Tensor, d_comb: Tensor,
     x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
-    saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+    out: Tensor, saved: Tensor, *, iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the seven tensors that the forward takes, in its order.
 
-    saved: what a backend's forward returned behind the coefficients, here nothing.
+    out: the streams that it returned; saved: what a backend's forward returned behind the
+    coefficients, here nothing.
     """
-    out = mhc_write_back_ref(x, y, post, comb)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     through, *parameters = mhc_coefficients_backward_ref(
         d_pre, d_post, d_comb, out, phi, scale, bias, saved, **options
