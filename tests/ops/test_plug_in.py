@@ -38,6 +38,7 @@ from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
 from model1.ops.selector import lowrank_topk
@@ -204,22 +205,42 @@ def mixed(backend: str, device: str) -> list[Tensor]:
     return [*weights, collapsed, written, *torch.autograd.grad([collapsed, written], leaves, grads)]
 
 
+def mixed_in_a_row(backend: str, device: str) -> list[Tensor]:
+    """The fused ones of two sublayers in a row, forward and backward."""
+    shapes = (5, 4, 24), (24, 96), (24,), (24,), (5, 24), (5, 4), (5, 4, 4), (24,)
+    leaves = [random(*s, device=device).requires_grad_() for s in shapes]
+    x, phi, scale, bias, y, pre, comb, weight = leaves
+    u, x = mhc_collapse_norm(x, pre, weight, norm_eps=1e-6, backend=backend)
+    options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
+    out, weights = mhc_write_back_coefficients(x, y, pre, comb, phi, scale, bias, **options)
+    results = [u, out, *weights]
+    grads = [random(*result.shape, device=device) for result in results]
+    return [*results, *torch.autograd.grad(results, leaves, grads)]
+
+
 MHC = [f"mhc_{x}{y}" for x in ("coefficients", "collapse", "write_back") for y in ("", "_backward")]
+CHAIN = [
+    f"mhc_{x}{y}" for x in ("collapse_norm", "write_back_coefficients") for y in ("", "_backward")
+]
 # What the operators' own tests check only of kernels: gradients, quantised stores, long calls. The
 # other operators are tested by those alone.
-CASES: dict[str, Case] = dict.fromkeys(MHC, mixed) | {
-    "inverse_rope_gate": gated,
-    "inverse_rope_gate_backward": gated,
-    "lowrank_attention": attended_in_part,
-    "lowrank_remainder": attended_in_part,
-    "lowrank_topk": attended_in_part,
-    "mha_prefill": attended,
-    "mha_prefill_backward": attended,
-    "norm_rope_store": normalised_and_stored,
-    "sparse_decode": decoded_sparsely,
-    "sparse_prefill": attended_sparsely,
-    "sparse_prefill_backward": attended_sparsely,
-}
+CASES: dict[str, Case] = (
+    dict.fromkeys(MHC, mixed)
+    | dict.fromkeys(CHAIN, mixed_in_a_row)
+    | {
+        "inverse_rope_gate": gated,
+        "inverse_rope_gate_backward": gated,
+        "lowrank_attention": attended_in_part,
+        "lowrank_remainder": attended_in_part,
+        "lowrank_topk": attended_in_part,
+        "mha_prefill": attended,
+        "mha_prefill_backward": attended,
+        "norm_rope_store": normalised_and_stored,
+        "sparse_decode": decoded_sparsely,
+        "sparse_prefill": attended_sparsely,
+        "sparse_prefill_backward": attended_sparsely,
+    }
+)
 
 
 def test_the_example_provides_every_operator() -> None:
