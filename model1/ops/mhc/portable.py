@@ -10,6 +10,7 @@ split, and on the strides, which decide how wide loads are.
 # tl.static_range exist only when compiled.
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 # pyright: reportAssignmentType=none, reportOperatorIssue=none, reportAttributeAccessIssue=none
+# pyright: reportArgumentType=none
 
 from __future__ import annotations
 

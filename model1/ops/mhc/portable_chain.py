@@ -9,7 +9,7 @@ unfused projection does; its second kernel adds them up and does the rounds.
 # Kernel parameters are pointers and run-time numbers, which have no Python type, and loops over
 # tl.static_range exist only when compiled.
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
-# pyright: reportAssignmentType=none, reportOperatorIssue=none
+# pyright: reportAssignmentType=none, reportOperatorIssue=none, reportArgumentType=none
 
 from __future__ import annotations
 
