@@ -38,6 +38,7 @@ from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 from model1.ops.paged_decode import paged_decode
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
@@ -346,9 +347,14 @@ def _mhc_tensors(seed: int) -> dict[str, Tensor]:
     tensors = {
         "x": torch.randn(t, n, c).to(DTYPE), "phi": torch.randn(24, n * c) * (n * c) ** -0.5,
         "scale": torch.rand(24), "bias": torch.randn(24), "y": torch.randn(t, c).to(DTYPE),
-        "post": torch.rand(t, n), "comb": torch.rand(t, n, n),
+        "post": torch.rand(t, n), "comb": torch.rand(t, n, n), "weight": torch.rand(c),
     }  # fmt: skip
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+def _written(**arguments: Any) -> tuple[Tensor, ...]:
+    out, weights = mhc_write_back_coefficients(**arguments)
+    return out, *weights
 
 
 def _mhc(function: Callable[..., Any], names: str, **options: Any) -> Callable[[int], Call]:
@@ -391,6 +397,10 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "moe_route": lambda seed: Call(**moe_route_call(seed)),
     "moe_experts": lambda seed: Call(**moe_experts_call("triton")(seed)),
     "moe_experts auto": lambda seed: Call(**moe_experts_call("auto")(seed)),
+    "mhc_collapse_norm": _mhc(mhc_collapse_norm, "x pre weight", norm_eps=1e-6),
+    "mhc_write_back_coefficients": _mhc(
+        _written, "x y post comb phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
+    ),
 }  # fmt: skip
 
 

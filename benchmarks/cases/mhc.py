@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.cases.case import Case, Work, own_work
 from benchmarks.kernel_inputs import normal
 from model1.ops.mhc import MhcCoefficients, mhc_coefficients, mhc_collapse, mhc_write_back
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 
 OPERATOR = "mhc"
 TESTS = ("tests/ops/test_mhc*.py",)
@@ -32,6 +33,7 @@ class Sublayer:
         self.y = normal(t, c, dtype=torch.bfloat16, device=device)
         self.phi = torch.randn(width, n * c, device=device) * (n * c) ** -0.5
         self.scale, self.bias = (torch.full((width,), 0.5, device=device) for _ in range(2))
+        self.norm_weight = torch.ones(c, device=device)
         self.weights = MhcCoefficients(*(w.clone() for w in self.coefficients()))
 
     def coefficients(self) -> MhcCoefficients:
@@ -61,6 +63,34 @@ class Sublayer:
             results = self.forward()
         return torch.autograd.grad(results, inputs, (self.y.detach(), self.x.detach()))
 
+    def collapse_norm(self) -> tuple[Tensor, ...]:
+        """What the sublayer reads, normalised."""
+        norm_eps = OPTIONS["norm_eps"]
+        return mhc_collapse_norm(self.x, self.weights.pre, self.norm_weight, norm_eps=norm_eps)
+
+    def write_back_coefficients(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The streams after the sublayer, and the next one's mixing weights."""
+        out, weights = mhc_write_back_coefficients(
+            self.x if x is None else x, self.y, self.weights.post, self.weights.comb,
+            self.phi, self.scale, self.bias, **OPTIONS,
+        )  # fmt: skip
+        return out, *weights
+
+    def step(self) -> tuple[Tensor, ...]:
+        """Both fused operators: all that a sublayer in a row of them costs."""
+        collapsed, x = self.collapse_norm()
+        return collapsed, *self.write_back_coefficients(x)
+
+    def step_backward(self) -> tuple[Tensor, ...]:
+        """The step, then the gradient of everything that it reads."""
+        inputs = (self.x, self.y, self.norm_weight, *self.weights, self.phi, self.scale, self.bias)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        with torch.enable_grad():
+            results = self.step()
+        grads = self.y.detach(), self.x.detach(), *(w.detach() for w in self.weights)
+        return torch.autograd.grad(results, inputs, grads)
+
 
 # Streams' worth of channels [t, c] that a step reads and writes: x and the result of each part.
 STEPS: dict[str, tuple[Step, int]] = {
@@ -70,6 +100,12 @@ STEPS: dict[str, tuple[Step, int]] = {
     "forward": (Sublayer.forward, 2 * NUM_STREAMS + 2),
     # as forward, then x, y and both gradients in, the gradients of x and y out
     "forward+backward": (Sublayer.backward, 5 * NUM_STREAMS + 5),
+    "collapse+norm": (Sublayer.collapse_norm, NUM_STREAMS + 1),
+    "write-back+coefficients": (Sublayer.write_back_coefficients, 2 * NUM_STREAMS + 1),
+    "fused step": (Sublayer.step, 3 * NUM_STREAMS + 2),
+    # as the step; then x, y and the new streams' gradient in, those of x and y out; and x, the
+    # input's gradient and that of x from the write-back in, that of x out
+    "fused step+backward": (Sublayer.step_backward, 9 * NUM_STREAMS + 5),
 }
 
 

@@ -51,21 +51,41 @@ class Block(nn.Module):
         self.before = torch.compile(self.before, *args, **kwargs)
         self.after = torch.compile(self.after, *args, **kwargs)
 
-    def forward(self, x: Tensor, rows: Tensor | None, context: Context) -> Tensor:
-        """rows: this layer's Engram rows, None where it has no memory."""
-        x, weights, q, kv, gate = self.before(x, rows, context)
+    @property
+    def first_connection(self) -> HyperConnection | None:
+        """What may weigh the streams as the layer before writes them; a memory changes them."""
+        return self.mhc_attn if self.engram is None else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | None,
+        context: Context,
+        weights: MhcCoefficients | None = None,
+        behind: HyperConnection | None = None,
+    ) -> tuple[Tensor, MhcCoefficients | None]:
+        """The streams, and what the layer behind mixes them with.
+
+        rows: this layer's Engram rows, None where it has no memory. weights: what the layer before
+        returned, None if it knew no `behind`, the next layer's `first_connection`.
+        """
+        x, weights, q, kv, gate = self.before(x, rows, context, weights)
         out = context.attend(self.layer_id, q, kv, self.attn.spec)
-        return self.after(x, weights, out, gate, context)
+        return self.after(x, weights, out, gate, context, behind)
 
     def before(
-        self, x: Tensor, rows: Tensor | None, context: Context
+        self, x: Tensor, rows: Tensor | None, context: Context, weights: MhcCoefficients | None
     ) -> tuple[Tensor, MhcCoefficients | None, Tensor, Tensor, Tensor | None]:
         """Streams, mixing weights, queries, latents and the output's gate."""
         if self.engram is not None:
             assert rows is not None
             x = self.engram(x, rows, context)
-        u, weights = _collapse(x, self.mhc_attn)
-        q, kv, gate = self.attn.project(self.layer_id, self.attn_norm(u), context)
+        if self.mhc_attn is None:
+            u = self.attn_norm(x[:, 0])
+        else:
+            weights = self.mhc_attn.coefficients(x) if weights is None else weights
+            u, x = self.mhc_attn.collapse_norm(x, weights, self.attn_norm)
+        q, kv, gate = self.attn.project(self.layer_id, u, context)
         return x, weights, q, kv, gate
 
     def after(
@@ -75,29 +95,16 @@ class Block(nn.Module):
         out: Tensor,
         gate: Tensor | None,
         context: Context,
-    ) -> Tensor:
+        behind: HyperConnection | None,
+    ) -> tuple[Tensor, MhcCoefficients | None]:
         """Output projection, write-back and the feed-forward sublayer."""
         y = self.attn.finish(out.type_as(x), gate, context)
-        if self.mhc_ffn is None:
+        if self.mhc_ffn is None or weights is None:
             u, total = self.ffn_norm.of_sum(y, x[:, 0])
-            return (total + self.ffn(u))[:, None]
-        x = _write_back(x, y, weights, self.mhc_attn)
-        u, weights = _collapse(x, self.mhc_ffn)
-        return _write_back(x, self.ffn(self.ffn_norm(u)), weights, self.mhc_ffn)
-
-
-def _collapse(
-    x: Tensor, connection: HyperConnection | None
-) -> tuple[Tensor, MhcCoefficients | None]:
-    if connection is None:
-        return x[:, 0], None
-    weights = connection.coefficients(x)
-    return connection.collapse(x, weights), weights
-
-
-def _write_back(
-    x: Tensor, y: Tensor, weights: MhcCoefficients | None, connection: HyperConnection | None
-) -> Tensor:
-    if connection is None or weights is None:
-        return x + y[:, None]
-    return connection.write_back(x, y, weights)
+            return (total + self.ffn(u))[:, None], None
+        x, weights = self.mhc_ffn.write_back_after(x, y, weights)
+        u, x = self.mhc_ffn.collapse_norm(x, weights, self.ffn_norm)
+        y = self.ffn(u)
+        if behind is None:
+            return self.mhc_ffn.write_back(x, y, weights), None
+        return behind.write_back_after(x, y, weights)

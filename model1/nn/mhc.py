@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from model1.config import ModelConfig
-from model1.nn.layers import new_weight
+from model1.nn.layers import RmsNorm, new_weight
 from model1.ops.mhc import (
     MhcCoefficients,
     mhc_coefficients,
-    mhc_collapse,
     mhc_head,
     mhc_write_back,
 )
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 
 ALPHA_INIT = 0.01  # arXiv 2512.24880, initial gate of the input-dependent part
 
@@ -40,24 +40,41 @@ class HyperConnection(nn.Module):
 
     def coefficients(self, x: Tensor) -> MhcCoefficients:
         """Mixing weights from the streams x [t, n, c]."""
-        # the gradient of index_select adds in no fixed order on a GPU, that of an index does
-        is_trained = torch.is_grad_enabled()
-        scale = self.scale[self.group] if is_trained else self.scale.index_select(0, self.group)
         weights = mhc_coefficients(
-            x, self.fn, scale, self.base,
+            x, self.fn, self._column_scale(), self.base,
             iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
         )  # fmt: skip
-        if self.worst_error is not None:
-            self.worst_error = torch.maximum(self.worst_error, sinkhorn_error(weights))
-        return weights
+        return self._noted(weights)
 
-    def collapse(self, x: Tensor, weights: MhcCoefficients) -> Tensor:
-        """Sublayer input [t, c]."""
-        return mhc_collapse(x, weights.pre)
+    def collapse_norm(
+        self, x: Tensor, weights: MhcCoefficients, norm: RmsNorm
+    ) -> tuple[Tensor, Tensor]:
+        """The sublayer's normalised input [t, c], and x for the write-back."""
+        return mhc_collapse_norm(x, weights.pre, norm.weight, norm_eps=norm.eps)
 
     def write_back(self, x: Tensor, y: Tensor, weights: MhcCoefficients) -> Tensor:
         """New streams [t, n, c] from the sublayer's output y [t, c]."""
         return mhc_write_back(x, y, weights.post, weights.comb)
+
+    def write_back_after(
+        self, x: Tensor, y: Tensor, weights: MhcCoefficients
+    ) -> tuple[Tensor, MhcCoefficients]:
+        """The same by another sublayer's weights, and the mixing weights of this one behind it."""
+        x, new = mhc_write_back_coefficients(
+            x, y, weights.post, weights.comb, self.fn, self._column_scale(), self.base,
+            iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
+        )  # fmt: skip
+        return x, self._noted(new)
+
+    def _column_scale(self) -> Tensor:
+        # the gradient of index_select adds in no fixed order on a GPU, that of an index does
+        is_trained = torch.is_grad_enabled()
+        return self.scale[self.group] if is_trained else self.scale.index_select(0, self.group)
+
+    def _noted(self, weights: MhcCoefficients) -> MhcCoefficients:
+        if self.worst_error is not None:
+            self.worst_error = torch.maximum(self.worst_error, sinkhorn_error(weights))
+        return weights
 
 
 class HyperHead(nn.Module):
@@ -73,10 +90,13 @@ class HyperHead(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), ALPHA_INIT))
         self.base = nn.Parameter(torch.zeros(n))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Streams [t, n, c] to [t, c]."""
-        weights = mhc_head(x, self.fn, self.scale, self.base, eps=self.eps, norm_eps=self.norm_eps)
-        return mhc_collapse(x, weights)
+    def weights(self, x: Tensor) -> Tensor:
+        """What the streams x [t, n, c] are collapsed with, [t, n]."""
+        return mhc_head(x, self.fn, self.scale, self.base, eps=self.eps, norm_eps=self.norm_eps)
+
+    def forward(self, x: Tensor, norm: RmsNorm) -> Tensor:
+        """Streams [t, n, c] to [t, c], normalised."""
+        return mhc_collapse_norm(x, self.weights(x), norm.weight, norm_eps=norm.eps)[0]
 
 
 def sinkhorn_error(weights: MhcCoefficients) -> Tensor:

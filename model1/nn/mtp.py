@@ -36,5 +36,5 @@ class MultiTokenPrediction(nn.Module):
         """hidden [t, c] and the next tokens' embeddings [t, c] to hidden [t, c]."""
         joined = torch.cat([self.hidden_norm(hidden), self.embed_norm(next_embedding)], dim=-1)
         x = self.proj(joined)[:, None].expand(-1, self.num_streams, -1)
-        x = self.block(x, None, context)
-        return self.norm(x[:, 0] if self.head is None else self.head(x))
+        x, _ = self.block(x, None, context)
+        return self.norm(x[:, 0]) if self.head is None else self.head(x, self.norm)

@@ -2,6 +2,8 @@
 
     u = sum_i pre_i x_i;   y = F(u);   x'_k = post_k y + sum_j comb[j, k] x_j
 
+A model runs them in a row: `model1.ops.mhc.chain` has the operators for that, which fuse them.
+
 Column order of the projection is [pre n | post n | comb n*n row-major]; comb is not symmetric.
 Source: arXiv 2512.24880, with the row softmax and epsilons of DeepSeek-V4's release.
 """

@@ -55,6 +55,11 @@ def check_write_back(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> None:
     _check_weights("comb", comb, x, (t, n, n))
 
 
+def check_norm(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError for a norm's weight that does not fit the streams."""
+    _check_weights("weight", weight, x, x.shape[2:])
+
+
 def check_kernel_streams(x: Tensor) -> None:
     """Raise for streams that the Triton kernels do not take."""
     if x.dtype not in _KERNEL_DTYPES:

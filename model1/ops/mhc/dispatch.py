@@ -13,7 +13,8 @@ from torch import Tensor
 from model1.ops.backend import Operator
 
 
-def _operator(name: str, triton_module: str) -> Operator:
+def operator(name: str, triton_module: str) -> Operator:
+    """An operator with a reference and with kernels in a module of this folder."""
     return Operator(
         name=name,
         implementations={
@@ -23,12 +24,12 @@ def _operator(name: str, triton_module: str) -> Operator:
     )
 
 
-COEFFICIENTS = _operator("mhc_coefficients", "portable")
-COEFFICIENTS_BACKWARD = _operator("mhc_coefficients_backward", "portable_backward")
-COLLAPSE = _operator("mhc_collapse", "portable_streams")
-COLLAPSE_BACKWARD = _operator("mhc_collapse_backward", "portable_streams")
-WRITE_BACK = _operator("mhc_write_back", "portable_streams")
-WRITE_BACK_BACKWARD = _operator("mhc_write_back_backward", "portable_streams")
+COEFFICIENTS = operator("mhc_coefficients", "portable")
+COEFFICIENTS_BACKWARD = operator("mhc_coefficients_backward", "portable_backward")
+COLLAPSE = operator("mhc_collapse", "portable_streams")
+COLLAPSE_BACKWARD = operator("mhc_collapse_backward", "portable_streams")
+WRITE_BACK = operator("mhc_write_back", "portable_streams")
+WRITE_BACK_BACKWARD = operator("mhc_write_back_backward", "portable_streams")
 
 
 @torch.library.custom_op("model1::mhc_coefficients", mutates_args=())
@@ -110,13 +111,14 @@ def _(x: Tensor, *args: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Fake gradients of tensors."""
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-_coefficients_backward.register_fake(lambda *args: _like(*args[3:7]))
-_collapse_backward.register_fake(lambda grad, *args: _like(*args[:2]))
-_write_back_backward.register_fake(lambda grad, *args: _like(*args[:4]))
+_coefficients_backward.register_fake(lambda *args: like(*args[3:7]))
+_collapse_backward.register_fake(lambda grad, *args: like(*args[:2]))
+_write_back_backward.register_fake(lambda grad, *args: like(*args[:4]))
 
 
 def _save_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

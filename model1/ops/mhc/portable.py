@@ -10,6 +10,7 @@ split, and on the strides, which decide how wide loads are.
 # tl.static_range exist only when compiled.
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 # pyright: reportAssignmentType=none, reportOperatorIssue=none, reportAttributeAccessIssue=none
+# pyright: reportArgumentType=none
 
 from __future__ import annotations
 
@@ -72,12 +73,10 @@ def choose_config(t: int, n: int, dtype: torch.dtype) -> Config:
 @triton.jit(do_not_specialize=["t", "splits", "blocks_per_split"])
 def _project_kernel(
     x_ptr, stride_x_t, stride_x_n, phi_ptr, parts_ptr, t, splits, blocks_per_split,
-    N: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     # parts [splits, t, BLOCK_W]: the products, then the sum of squares
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    WIDTH: tl.constexpr = N * N + 2 * N
     STREAM_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     split = program % splits
@@ -101,20 +100,56 @@ def _project_kernel(
         phi = tl.load(weights + stream * C + channel, mask=is_phi, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         squares += wide * wide
-        if tl.float32 == DTYPE:
-            products = tl.dot(wide, tl.trans(phi), acc=products, input_precision="ieee")
-        else:
-            # phi in two parts of x's dtype, whose products are exact in fp32
-            high = round_to(phi, DTYPE, INTERPRETED)
-            low = round_to(phi - high.to(tl.float32), DTYPE, INTERPRETED)
-            # the interpreter multiplies matrices in fp32 alone
-            FACTOR: tl.constexpr = tl.float32 if INTERPRETED else DTYPE
-            products = tl.dot(x.to(FACTOR), tl.trans(low.to(FACTOR)), acc=products)
-            products = tl.dot(x.to(FACTOR), tl.trans(high.to(FACTOR)), acc=products)
+        products = add_products(products, x, phi, INTERPRETED, "")
+    row = split.to(tl.int64) * t + token
+    store_part(parts_ptr, row, products, squares, is_token, WIDTH)
+
+
+@triton.jit
+def add_products(products, x, phi, INTERPRETED: tl.constexpr, REGISTER: tl.constexpr):
+    """products [BLOCK_T, BLOCK_W] and x [BLOCK_T, BLOCK_C] by fp32 phi [BLOCK_W, BLOCK_C].
+
+    As exact as fp32: phi goes in two parts of x's dtype, whose products with it are. REGISTER: of
+    `pinned`.
+    """
+    x = pinned(x, REGISTER)
+    if tl.float32 == x.dtype:
+        products = tl.dot(x, tl.trans(phi), acc=products, input_precision="ieee")
+    else:
+        high = round_to(phi, x.dtype, INTERPRETED)
+        low = round_to(phi - high.to(tl.float32), x.dtype, INTERPRETED)
+        # the interpreter multiplies matrices in fp32 alone
+        FACTOR: tl.constexpr = tl.float32 if INTERPRETED else x.dtype
+        high, low = pinned(high, REGISTER).to(FACTOR), pinned(low, REGISTER).to(FACTOR)
+        products = tl.dot(x.to(FACTOR), tl.trans(low), acc=products)
+        products = tl.dot(x.to(FACTOR), tl.trans(high), acc=products)
+    return products
+
+
+@triton.jit
+def pinned(x, REGISTER: tl.constexpr):
+    """x itself, by an operation that the compiler does not repeat in another layout.
+
+    Triton 3.6 moves the change of layout before a matrix product up to the loads that its factor
+    comes from. After a write-back it would do the whole mixing twice, in registers that there are
+    not. REGISTER: a letter of `register_kind`; "" pins nothing, which loops of several stages need.
+    """
+    if REGISTER == "":
+        return x
+    return tl.inline_asm_elementwise(
+        "", "=" + REGISTER + ",0", [x], dtype=x.dtype, is_pure=False,
+        pack=32 // x.dtype.primitive_bitwidth,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_part(parts_ptr, row, products, squares, is_token, WIDTH: tl.constexpr):
+    """A program's rows of `parts`: products, and in column WIDTH the sum of squares."""
+    column = tl.arange(0, products.shape[1])
     total = tl.sum(squares, axis=1)
     result = tl.where((column == WIDTH)[None, :], total[:, None], products)
-    row = split.to(tl.int64) * t + token
-    tl.store(parts_ptr + row[:, None] * BLOCK_W + column[None, :], result, mask=is_token)
+    at = parts_ptr + row[:, None] * products.shape[1] + column[None, :]
+    tl.store(at, result, mask=is_token)
 
 
 @triton.jit(do_not_specialize=["t", "iters"])
@@ -182,31 +217,48 @@ def mhc_coefficients_triton(
 
     The fourth, [t, n*n + 2n + 1] fp32: phi flat(x) / rms(flat(x)), and 1 / rms(flat(x)).
     """
+    parts = project(x, phi, config)
+    return finish(parts, x.shape, scale, bias, iters=iters, eps=eps, norm_eps=norm_eps)
+
+
+def project(x: Tensor, phi: Tensor, config: Config | None = None) -> Tensor:
+    """Parts of phi flat(x) and of the sum of x's squares, [splits, t, BLOCK_W] fp32."""
     check_kernel_streams(x)
     t, n, c = x.shape
-    pre, post = (torch.empty(t, n, dtype=torch.float32, device=x.device) for _ in range(2))
-    comb = torch.empty(t, n, n, dtype=torch.float32, device=x.device)
-    saved = torch.empty(t, phi.shape[0] + 1, dtype=torch.float32, device=x.device)
-    if t == 0:
-        return pre, post, comb, saved
-    x = with_adjacent_channels(x)
     config = config or choose_config(t, n, x.dtype)
-    splits, blocks_per_split = _splits(t, n, c, config, num_sms(x.device))
-    constants = project_constants(n, c, config)
-    last = matrix_constants(n, c) | {"SPLITS": splits}
-    parts = torch.empty(splits, t, last["BLOCK_W"], dtype=torch.float32, device=x.device)
-    project: Any = _project_kernel
-    finish: Any = _coefficients_kernel
-    with torch.cuda.device_of(x):
-        project[(-(-t // config.block_t) * splits,)](
-            x, x.stride(0), x.stride(1), phi.contiguous(), parts, t, splits, blocks_per_split,
-            INTERPRETED=knobs.runtime.interpret, **constants,
-            **launch_options(config.num_warps, config.num_stages),
-        )  # fmt: skip
-        finish[(-(-t // last["BLOCK_T"]),)](
-            parts, scale.contiguous(), bias.contiguous(), pre, post, comb, saved,
-            t, iters, eps, norm_eps, **last, **launch_options(1, 1),
-        )  # fmt: skip
+    constants = project_constants(n, c, phi.shape[0], config)
+    blocks = n * -(-c // config.block_c)
+    splits, blocks_per_split = choose_splits(t, blocks, config, num_sms(x.device))
+    parts = torch.empty(splits, t, constants["BLOCK_W"], dtype=torch.float32, device=x.device)
+    if t > 0:
+        x = with_adjacent_channels(x)
+        kernel: Any = _project_kernel
+        with torch.cuda.device_of(x):
+            kernel[(-(-t // config.block_t) * splits,)](
+                x, x.stride(0), x.stride(1), phi.contiguous(), parts, t, splits, blocks_per_split,
+                INTERPRETED=knobs.runtime.interpret, **constants,
+                **launch_options(config.num_warps, config.num_stages),
+            )  # fmt: skip
+    return parts
+
+
+def finish(
+    parts: Tensor, shape: torch.Size, scale: Tensor, bias: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `mhc_coefficients_triton` returns, from the parts and the shape of the streams."""
+    (t, n, c), device = shape, parts.device
+    pre, post = (torch.empty(t, n, dtype=torch.float32, device=device) for _ in range(2))
+    comb = torch.empty(t, n, n, dtype=torch.float32, device=device)
+    saved = torch.empty(t, n * n + 2 * n + 1, dtype=torch.float32, device=device)
+    if t > 0:
+        constants = matrix_constants(n, c) | {"SPLITS": len(parts)}
+        kernel: Any = _coefficients_kernel
+        with torch.cuda.device_of(parts):
+            kernel[(-(-t // constants["BLOCK_T"]),)](
+                parts, scale.contiguous(), bias.contiguous(), pre, post, comb, saved,
+                t, iters, eps, norm_eps, **constants, **launch_options(1, 1),
+            )  # fmt: skip
     return pre, post, comb, saved
 
 
@@ -215,24 +267,30 @@ def with_adjacent_channels(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _splits(t: int, n: int, c: int, config: Config, sms: int) -> tuple[int, int]:
-    """Parts that the columns of phi are cut into, a power of two, and blocks of channels in each.
+def register_kind(target: KernelTarget) -> str:
+    """How the target's assembler calls a register of 32 bits, nothing if there is none."""
+    if knobs.runtime.interpret:
+        return ""
+    return "v" if target.kind == "hip" else "r"
+
+
+def choose_splits(t: int, blocks: int, config: Config, sms: int) -> tuple[int, int]:
+    """Parts that blocks of channels are cut into, a power of two, and the blocks in each.
 
     As many as run at once: one more program than that would wait for all others.
     """
-    tiles, blocks = -(-t // config.block_t), n * -(-c // config.block_c)
-    splits = 1
+    tiles, splits = max(1, -(-t // config.block_t)), 1
     limit = min(MAX_SPLITS, blocks, config.programs_per_sm * sms // tiles)
     while 2 * splits <= limit:
         splits *= 2
     return splits, -(-blocks // splits)
 
 
-def project_constants(n: int, c: int, config: Config) -> dict[str, Any]:
-    """Sizes of the streams, and of the blocks that a projection cuts them into."""
+def project_constants(n: int, c: int, width: int, config: Config) -> dict[str, Any]:
+    """Sizes of the streams, and of the blocks that a projection to width cuts them into."""
     return {
-        "N": n, "C": c, "BLOCK_T": config.block_t, "BLOCK_C": config.block_c,
-        "BLOCK_W": block_width(n),
+        "N": n, "C": c, "WIDTH": width, "BLOCK_T": config.block_t, "BLOCK_C": config.block_c,
+        "BLOCK_W": block_width(width),
     }  # fmt: skip
 
 
@@ -241,20 +299,22 @@ def matrix_constants(n: int, c: int) -> dict[str, Any]:
     size = triton.next_power_of_2(n)
     return {
         "N": n, "C": c, "SIZE": size, "BLOCK_T": max(1, MATRIX_ENTRIES // size**2),
-        "BLOCK_W": block_width(n),
+        "BLOCK_W": block_width(n * n + 2 * n),
     }  # fmt: skip
 
 
-def block_width(n: int) -> int:
-    """Columns of the projection and one more, at least what a matrix instruction takes."""
-    return max(16, int(triton.next_power_of_2(n * n + 2 * n + 1)))
+def block_width(width: int) -> int:
+    """Columns of a projection and one more, at least what a matrix instruction takes."""
+    return max(16, int(triton.next_power_of_2(width + 1)))
 
 
 TYPES = {
     "x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "grad_ptr": "*bf16",
-    "d_x_ptr": "*bf16", "d_y_ptr": "*bf16", "eps": "fp32", "norm_eps": "fp32",
+    "d_x_ptr": "*bf16", "d_y_ptr": "*bf16", "passed_ptr": "*bf16",
+    "eps": "fp32", "norm_eps": "fp32",
 }  # fmt: skip
 SHIPPED = (4, 4096)  # n, c
+SHIPPED_WIDTH = 24  # columns of their projection
 
 
 def compile_case(
@@ -280,7 +340,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         ("some tokens", SOME_TOKENS, 8),
         ("few tokens", FEW_TOKENS, 16),
     ):
-        constants, stages = project_constants(*SHIPPED, config), config.num_stages
+        constants = project_constants(*SHIPPED, SHIPPED_WIDTH, config)
+        constants["INTERPRETED"], stages = False, config.num_stages
         cases += [
             compile_case(f"project {name}", _project_kernel, constants, config.num_warps, stages),
             compile_case(f"finish {name}", _coefficients_kernel, last | {"SPLITS": splits}, 1),

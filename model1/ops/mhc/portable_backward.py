@@ -24,9 +24,9 @@ from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import launch_options, num_sms
 from model1.ops.mhc.portable import (
     SHIPPED,
+    SHIPPED_WIDTH,
     Config,
     affine,
-    block_width,
     compile_case,
     matrix_constants,
     project_constants,
@@ -124,9 +124,10 @@ def _coefficients_bwd_kernel(
 
 @triton.jit(do_not_specialize=["t", "splits", "tokens_per_split"])
 def _project_bwd_kernel(
-    x_ptr, stride_x_t, stride_x_n, phi_ptr, d_product_ptr, d_x_ptr, d_phi_ptr,
+    x_ptr, stride_x_t, stride_x_n, phi_ptr, d_product_ptr, passed_ptr, d_x_ptr, d_phi_ptr,
     t, splits, tokens_per_split,
-    N: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+    IS_PASSED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     # d_phi [splits, WIDTH, N * C]
@@ -135,7 +136,6 @@ def _project_bwd_kernel(
     IS_SHORT: tl.constexpr = DTYPE.is_bf16()
     # the interpreter multiplies matrices in fp32 alone
     FACTOR: tl.constexpr = DTYPE if IS_SHORT and not INTERPRETED else tl.float32
-    WIDTH: tl.constexpr = N * N + 2 * N
     STREAM_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -160,6 +160,9 @@ def _project_bwd_kernel(
         is_product = is_token[:, None] & (column < WIDTH)[None, :]
         grad = tl.load(product[:, None] + column[None, :], mask=is_product, other=0.0)
         d_x = x.to(tl.float32) * tl.load(product + WIDTH, mask=is_token, other=0.0)[:, None]
+        at_x = (token[:, None] * N + stream) * C + channel
+        if IS_PASSED:
+            d_x += tl.load(passed_ptr + at_x, mask=is_x, other=0.0).to(tl.float32)
         factor = x.to(FACTOR)
         if IS_SHORT:
             rounded = round_to(grad, DTYPE, INTERPRETED)
@@ -172,8 +175,7 @@ def _project_bwd_kernel(
         else:
             d_phi = tl.dot(tl.trans(grad), factor, acc=d_phi, input_precision="ieee")
             d_x = tl.dot(grad, phi, acc=d_x, input_precision="ieee")
-        out = d_x_ptr + (token[:, None] * N + stream) * C + channel
-        tl.store(out, round_to(d_x, DTYPE, INTERPRETED), mask=is_x)
+        tl.store(d_x_ptr + at_x, round_to(d_x, DTYPE, INTERPRETED), mask=is_x)
     part = d_phi_ptr + split.to(tl.int64) * (WIDTH * N * C)
     tl.store(part + at, d_phi, mask=is_phi)
 
@@ -184,42 +186,76 @@ def mhc_coefficients_backward_triton(
     iters: int, eps: float, norm_eps: float, config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, phi, scale and bias; see `mhc_coefficients_backward_ref`."""
-    (t, n, c), device = x.shape, x.device
-    width, block_w = phi.shape[0], block_width(n)
-    d_x = torch.empty(t, n, c, dtype=x.dtype, device=device)
+    grads = d_pre, d_post, d_comb
+    d_product, d_scale, d_bias = product_gradient(
+        grads, x.shape, scale, bias, saved, iters=iters, eps=eps
+    )
+    d_x, d_phi = stream_gradient(x, phi, d_product, config)
+    return d_x, d_phi, d_scale, d_bias
+
+
+def product_gradient(
+    grads: tuple[Tensor, Tensor, Tensor], shape: torch.Size, scale: Tensor, bias: Tensor,
+    saved: Tensor, *, iters: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """From gradients of pre, post and comb to those of the products, scale and bias.
+
+    The first, [t, BLOCK_W] fp32: of phi flat(x), and in column n*n + 2n the factor of x itself that
+    comes of its root mean square.
+    """
+    (t, n, c), width, device = shape, len(scale), saved.device
     constants = matrix_constants(n, c)
     num_programs = -(-t // constants["BLOCK_T"])
+    d_product = torch.empty(t, constants["BLOCK_W"], dtype=torch.float32, device=device)
     d_scale, d_bias = (
         torch.empty(num_programs, width, dtype=torch.float32, device=device) for _ in range(2)
     )
-    config = config or (SHORT if x.dtype == torch.bfloat16 else FULL_PRECISION)
-    splits, tokens_per_split = _splits(t, n, c, config, num_sms(device))
-    d_phi = torch.empty(splits, *phi.shape, dtype=torch.float32, device=device)
     if t > 0:
-        x = with_adjacent_channels(x)
         rounds = torch.empty(t, 2 * iters - 1, n, n, dtype=torch.float32, device=device)
-        d_product = torch.empty(t, block_w, dtype=torch.float32, device=device)
-        first: Any = _coefficients_bwd_kernel
-        second: Any = _project_bwd_kernel
-        with torch.cuda.device_of(x):
-            first[(num_programs,)](
-                d_pre, d_post, d_comb, saved, scale.contiguous(), bias.contiguous(),
+        kernel: Any = _coefficients_bwd_kernel
+        with torch.cuda.device_of(saved):
+            kernel[(num_programs,)](
+                *grads, saved, scale.contiguous(), bias.contiguous(),
                 rounds, d_product, d_scale, d_bias, t, iters, eps,
                 **constants, **launch_options(1, 1),
             )  # fmt: skip
-            second[(n * -(-c // config.block_c) * splits,)](
-                x, x.stride(0), x.stride(1), phi.contiguous(), d_product, d_x, d_phi,
-                t, splits, tokens_per_split, INTERPRETED=knobs.runtime.interpret,
-                **project_constants(n, c, config),
+    return d_product, d_scale.sum(0).to(scale.dtype), d_bias.sum(0).to(bias.dtype)
+
+
+def stream_gradient(
+    x: Tensor,
+    phi: Tensor,
+    d_product: Tensor,
+    config: Config | None = None,
+    passed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and phi from that of their products; see `product_gradient`.
+
+    passed: a contiguous gradient of x from elsewhere, added to the first.
+    """
+    t, n, c = x.shape
+    d_x = torch.empty(t, n, c, dtype=x.dtype, device=x.device)
+    config = config or (SHORT if x.dtype == torch.bfloat16 else FULL_PRECISION)
+    blocks = n * -(-c // config.block_c)
+    splits, tokens_per_split = token_splits(t, blocks, config, num_sms(x.device))
+    d_phi = torch.empty(splits, *phi.shape, dtype=torch.float32, device=x.device)
+    if t > 0:
+        x = with_adjacent_channels(x)
+        kernel: Any = _project_bwd_kernel
+        with torch.cuda.device_of(x):
+            kernel[(blocks * splits,)](
+                x, x.stride(0), x.stride(1), phi.contiguous(), d_product,
+                d_x if passed is None else passed, d_x, d_phi, t, splits, tokens_per_split,
+                IS_PASSED=passed is not None, INTERPRETED=knobs.runtime.interpret,
+                **project_constants(n, c, phi.shape[0], config),
                 **launch_options(config.num_warps, config.num_stages),
             )  # fmt: skip
-    d_phi, d_scale, d_bias = (part.sum(0) for part in (d_phi, d_scale, d_bias))
-    return d_x, d_phi.to(phi.dtype), d_scale.to(scale.dtype), d_bias.to(bias.dtype)
+    return d_x, d_phi.sum(0).to(phi.dtype)
 
 
-def _splits(t: int, n: int, c: int, config: Config, sms: int) -> tuple[int, int]:
+def token_splits(t: int, blocks: int, config: Config, sms: int) -> tuple[int, int]:
     """Parts that the tokens are cut into, and tokens in each; no part is empty."""
-    tiles, blocks = -(-t // config.block_t), n * -(-c // config.block_c)
+    tiles = -(-t // config.block_t)
     tiles_per_split = max(1, tiles // max(1, -(-config.programs_per_sm * sms // blocks)))
     return -(-tiles // tiles_per_split), tiles_per_split * config.block_t
 
@@ -227,8 +263,12 @@ def _splits(t: int, n: int, c: int, config: Config, sms: int) -> tuple[int, int]
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Gradients of four streams of 4096 channels."""
     config, first = SHORT, matrix_constants(*SHIPPED)
-    second, options = project_constants(*SHIPPED, config), (config.num_warps, config.num_stages)
-    return [
-        compile_case("coefficients backward", _coefficients_bwd_kernel, first, 1),
-        compile_case("project backward", _project_bwd_kernel, second, *options),
-    ]
+    second = project_constants(*SHIPPED, SHIPPED_WIDTH, config)
+    cases = [compile_case("coefficients backward", _coefficients_bwd_kernel, first, 1)]
+    for name, is_passed in (("project backward", False), ("project backward and add", True)):
+        constants, options = (
+            second | {"IS_PASSED": is_passed},
+            (config.num_warps, config.num_stages),
+        )
+        cases.append(compile_case(name, _project_bwd_kernel, constants, *options))
+    return cases

@@ -31,7 +31,7 @@ WIDE_STREAMS = 4
 
 
 @triton.jit
-def _numbers(ptr, FIRST: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr):
+def numbers(ptr, FIRST: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr):
     """N single numbers, in fp32."""
     values = ()
     for i in tl.static_range(N):
@@ -40,7 +40,7 @@ def _numbers(ptr, FIRST: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _streams(ptr, stride, offset, mask, N: tl.constexpr):
+def streams(ptr, stride, offset, mask, N: tl.constexpr):
     """The same channels of every stream, in fp32."""
     values = ()
     for _ in tl.static_range(N):
@@ -50,7 +50,8 @@ def _streams(ptr, stride, offset, mask, N: tl.constexpr):
 
 
 @triton.jit
-def _weighted_sum(values, weights, N: tl.constexpr):
+def weighted_sum(values, weights, N: tl.constexpr):
+    """Values by weights, added in their order."""
     total = values[0] * weights[0]
     for i in tl.static_range(1, N):
         total = tl.fma(values[i], weights[i].broadcast_to(values[i].shape), total)
@@ -75,8 +76,8 @@ def _collapse_fwd_kernel(
     NUM_BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     token = (tl.program_id(0) // NUM_BLOCKS).to(tl.int64)
     channel = tl.program_id(0) % NUM_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    x = _streams(x_ptr + token * stride_x_t, stride_x_n, channel, channel < C, N)
-    out = _weighted_sum(x, _numbers(pre_ptr + token * N, 0, 1, N), N)
+    x = streams(x_ptr + token * stride_x_t, stride_x_n, channel, channel < C, N)
+    out = weighted_sum(x, numbers(pre_ptr + token * N, 0, 1, N), N)
     out = round_to(out, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(out_ptr + token * C + channel, out, mask=channel < C)
 
@@ -89,7 +90,7 @@ def _collapse_bwd_kernel(
 ):  # fmt: skip
     DTYPE: tl.constexpr = d_x_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    pre = _numbers(pre_ptr + token * N, 0, 1, N)
+    pre = numbers(pre_ptr + token * N, 0, 1, N)
     sums = ()
     for _ in tl.static_range(N):
         sums += (tl.zeros((BLOCK_C // RUN,), tl.float32),)
@@ -97,7 +98,7 @@ def _collapse_bwd_kernel(
         channel = start + tl.arange(0, BLOCK_C)
         inside = channel < C
         grad = tl.load(grad_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
-        x = _streams(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
+        x = streams(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
         sums = _add_products(sums, grad, x, RUN, N)
         for i in tl.static_range(N):
             d_x = round_to(grad * pre[i], DTYPE, INTERPRETED)
@@ -116,11 +117,11 @@ def _write_back_fwd_kernel(
     channel = tl.program_id(0) % NUM_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
     y = tl.load(y_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
-    x = _streams(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
-    post = _numbers(post_ptr + token * N, 0, 1, N)
+    x = streams(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
+    post = numbers(post_ptr + token * N, 0, 1, N)
     for k in tl.static_range(N):
-        weights = _numbers(comb_ptr + token * (N * N), k, N, N)
-        out = _weighted_sum(x, weights, N)
+        weights = numbers(comb_ptr + token * (N * N), k, N, N)
+        out = weighted_sum(x, weights, N)
         out = tl.fma(y, post[k].broadcast_to(y.shape), out)
         out = round_to(out, out_ptr.dtype.element_ty, INTERPRETED)
         tl.store(out_ptr + (token * N + k) * C + channel, out, mask=inside)
@@ -134,7 +135,7 @@ def _write_back_bwd_kernel(
     BLOCK_C: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    post = _numbers(post_ptr + token * N, 0, 1, N)
+    post = numbers(post_ptr + token * N, 0, 1, N)
     # d_post, then d_comb row by row
     sums = ()
     for _ in tl.static_range(N + N * N):
@@ -142,9 +143,9 @@ def _write_back_bwd_kernel(
     for start in range(0, C, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         inside = channel < C
-        grad = _streams(grad_ptr + token * (N * C), C, channel, inside, N)
+        grad = streams(grad_ptr + token * (N * C), C, channel, inside, N)
         y = tl.load(y_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
-        d_y = round_to(_weighted_sum(grad, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
+        d_y = round_to(weighted_sum(grad, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
         tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
         new = _add_products(sums[:N], y, grad, RUN, N)
         row = x_ptr + token * stride_x_t
@@ -152,8 +153,8 @@ def _write_back_bwd_kernel(
             x = tl.load(row + channel, mask=inside, other=0.0).to(tl.float32)
             row += stride_x_n
             new += _add_products(sums[N + j * N : 2 * N + j * N], x, grad, RUN, N)
-            weights = _numbers(comb_ptr + token * (N * N), j * N, 1, N)
-            d_x = _weighted_sum(grad, weights, N)
+            weights = numbers(comb_ptr + token * (N * N), j * N, 1, N)
+            d_x = weighted_sum(grad, weights, N)
             d_x = round_to(d_x, d_x_ptr.dtype.element_ty, INTERPRETED)
             tl.store(d_x_ptr + (token * N + j) * C + channel, d_x, mask=inside)
         sums = new

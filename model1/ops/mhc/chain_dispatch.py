@@ -1,0 +1,155 @@
+"""The fused operators as PyTorch sees them where a kernel or a plug-in runs.
+
+A custom operator may not return what it was given, so that the stream which the collapse passes on
+is handed out by an autograd function around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model1.ops.mhc.dispatch import like, operator
+
+COLLAPSE_NORM = operator("mhc_collapse_norm", "portable_chain")
+COLLAPSE_NORM_BACKWARD = operator("mhc_collapse_norm_backward", "portable_chain_backward")
+WRITE_BACK_COEFFICIENTS = operator("mhc_write_back_coefficients", "portable_chain")
+WRITE_BACK_COEFFICIENTS_BACKWARD = operator(
+    "mhc_write_back_coefficients_backward", "portable_chain_backward"
+)
+
+
+@torch.library.custom_op("model1::mhc_collapse_norm", mutates_args=())
+def _collapse_norm(
+    x: Tensor, pre: Tensor, weight: Tensor, norm_eps: float, backend: str
+) -> Tensor:  # fmt: skip
+    return COLLAPSE_NORM.load(backend)(x, pre, weight, norm_eps=norm_eps)
+
+
+@torch.library.custom_op("model1::mhc_collapse_norm_backward", mutates_args=())
+def _collapse_norm_backward(
+    grad: Tensor,
+    passed: Tensor | None,
+    x: Tensor,
+    pre: Tensor,
+    weight: Tensor,
+    norm_eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    passed = None if passed is None else passed.contiguous()
+    run = COLLAPSE_NORM_BACKWARD.load(backend)
+    return run(grad.contiguous(), passed, x, pre, weight, norm_eps=norm_eps)
+
+
+@torch.library.custom_op("model1::mhc_write_back_coefficients", mutates_args=())
+def _write_back_coefficients(
+    x: Tensor,
+    y: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # the fifth is for the gradient of the Triton backend; others return four
+    run, options = WRITE_BACK_COEFFICIENTS.load(backend), {"eps": eps, "norm_eps": norm_eps}
+    out, pre, *rest = run(x, y, post, comb, phi, scale, bias, iters=iters, **options)
+    new_post, new_comb, *saved = rest
+    return out, pre, new_post, new_comb, saved[0] if saved else pre.new_empty(0)
+
+
+@torch.library.custom_op("model1::mhc_write_back_coefficients_backward", mutates_args=())
+def _write_back_coefficients_backward(
+    d_out: Tensor,
+    d_pre: Tensor,
+    d_post: Tensor,
+    d_comb: Tensor,
+    x: Tensor,
+    y: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    phi: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    saved: Tensor,
+    iters: int,
+    eps: float,
+    norm_eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = (grad.contiguous() for grad in (d_out, d_pre, d_post, d_comb))
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    run = WRITE_BACK_COEFFICIENTS_BACKWARD.load(backend)
+    return run(*grads, x, y, post, comb, phi, scale, bias, out, saved, **options)
+
+
+@_collapse_norm.register_fake
+def _(x: Tensor, *args: object) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2])
+
+
+@_write_back_coefficients.register_fake
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    t, n, _ = x.shape
+    saved = (t, args[3].shape[0] + 1) if args[-1] == "triton" else (0,)
+    new = (x.new_empty(shape, dtype=torch.float32) for shape in ((t, n), (t, n), (t, n, n), saved))
+    pre, post, comb, rest = new
+    return x.new_empty(x.shape), pre, post, comb, rest
+
+
+_collapse_norm_backward.register_fake(lambda *args: like(*args[2:5]))
+_write_back_coefficients_backward.register_fake(lambda *args: like(*args[4:11]))
+
+
+class CollapseNorm(torch.autograd.Function):
+    """(x, pre, weight, norm_eps, backend) to u and x; both gradients of x leave as one."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `model1.ops.mhc.chain.mhc_collapse_norm`."""
+        x, pre, weight, *ctx.fields = args
+        ctx.set_materialize_grads(False)  # a stream that nothing reads costs nothing
+        ctx.save_for_backward(x, pre, weight)
+        return torch.ops.model1.mhc_collapse_norm(*args), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, pre and weight."""
+        grad, passed = grads
+        if grad is None:
+            return passed, None, None, None, None
+        run = torch.ops.model1.mhc_collapse_norm_backward
+        return *run(grad, passed, *ctx.saved_tensors, *ctx.fields), None, None
+
+
+def _save_collapse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, pre, weight, *ctx.fields = inputs
+    ctx.save_for_backward(x, pre, weight)
+
+
+def _back_through_collapse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    run = torch.ops.model1.mhc_collapse_norm_backward
+    return *run(grad, None, *ctx.saved_tensors, *ctx.fields), None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.fields = inputs[7:]
+    ctx.mark_non_differentiable(output[4])
+    # the new streams too, which the next collapse keeps anyway
+    ctx.save_for_backward(*inputs[:7], output[0], output[4])
+
+
+def _back_through_write_back(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    run = torch.ops.model1.mhc_write_back_coefficients_backward
+    return *run(*grads[:4], *ctx.saved_tensors, *ctx.fields), None, None, None, None
+
+
+_collapse_norm.register_autograd(_back_through_collapse, setup_context=_save_collapse)
+_write_back_coefficients.register_autograd(_back_through_write_back, setup_context=_save)

@@ -1,0 +1,320 @@
+"""Fused hyper-connection kernels: the formula in fp64 with its gradients, and the unfused chain."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import Any
+
+import pytest
+import torch
+from oracles import double_precision
+from torch import Tensor
+
+from model1.errors import BackendUnavailable
+from model1.ops.mhc import MhcCoefficients, mhc_coefficients, mhc_collapse, mhc_write_back
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.norm import rms_norm
+from model1.testing.compare import assert_close_rows
+
+pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.any_device,
+    # the interpreter computes in NumPy, which warns of what Triton does
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS: dict[str, Any] = {"iters": 3, "eps": 1e-6, "norm_eps": 1e-6}
+NAMES = ("x", "y", "pre", "post", "comb", "phi", "scale", "bias", "weight")
+RESULTS = ("u", "written", "pre", "post", "comb")
+IN_STREAM_DTYPE = ("u", "written", "d_x", "d_y")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [  # t, n, c, dtype
+    (1, 4, 64, BF16),
+    (33, 4, 192, BF16),
+    (2, 4, 64, FP32),
+    (3, 2, 64, FP16),
+    (1, 8, 64, BF16),
+    (2, 3, 40, FP32),
+]
+GPU_SHAPES = [
+    (1, 4, 4096, BF16),
+    (17, 4, 7168, BF16),
+    (513, 4, 4096, BF16),
+    (2050, 4, 1024, BF16),
+    (1100, 4, 64, BF16),
+    (700, 2, 1024, BF16),
+    (515, 8, 1536, BF16),
+    (129, 3, 200, BF16),
+    (33, 1, 128, BF16),
+    (300, 4, 1536, FP16),
+    (65, 8, 64, FP16),
+    (300, 4, 1536, FP32),
+    (65, 8, 200, FP32),
+]
+
+
+def make_inputs(t: int, n: int, c: int, dtype: torch.dtype = FP32) -> dict[str, Tensor]:
+    """Streams of very different sizes; mixings are far from symmetric."""
+    width = n * n + 2 * n
+    size = torch.logspace(-1, 1, max(t, 1))[:t]
+    tensors = {
+        "x": (torch.randn(t, n, c) * size[:, None, None]).to(dtype),
+        "y": torch.randn(t, c).to(dtype),
+        "pre": torch.rand(t, n),
+        "post": torch.rand(t, n) * 2,
+        "comb": torch.rand(t, n, n),
+        "phi": torch.randn(width, n * c) * (n * c) ** -0.5,
+        "scale": torch.rand(width),
+        "bias": torch.randn(width),
+        "weight": torch.rand(c) + 0.5,
+    }
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+def seam(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
+    """What a sublayer reads, then the streams after it and the next one's coefficients."""
+    x, y, pre, post, comb, phi, scale, bias, weight = (inputs[name] for name in NAMES)
+    u, x = mhc_collapse_norm(x, pre, weight, norm_eps=1e-6, backend=backend)
+    out, weights = mhc_write_back_coefficients(
+        x, y, post, comb, phi, scale, bias, **OPTIONS, backend=backend
+    )
+    return [u, out, *weights]
+
+
+def unfused(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
+    x, y, pre, post, comb, phi, scale, bias, weight = (inputs[name] for name in NAMES)
+    u = rms_norm(mhc_collapse(x, pre, backend=backend), weight, 1e-6)
+    out = mhc_write_back(x, y, post, comb, backend=backend)
+    return [u, out, *mhc_coefficients(out, phi, scale, bias, **OPTIONS, backend=backend)]
+
+
+def with_gradients(
+    inputs: dict[str, Tensor], backend: str, dtype: Any = None, run: Any = seam
+) -> list[Tensor]:
+    """Results and gradients of the inputs, all computed in `dtype` if it is given."""
+    leaves = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
+    results = run(leaves, backend)
+    torch.manual_seed(2)
+    grads = [torch.randn(r.shape).to(r.device, inputs["x"].dtype).to(r.dtype) for r in results]
+    return [*results, *torch.autograd.grad(results, list(leaves.values()), grads)]
+
+
+def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None:
+    torch.manual_seed(1)
+    inputs = make_inputs(*shape)
+    dtype = shape[3]
+    got, baseline = with_gradients(inputs, "triton"), with_gradients(inputs, "ref", dtype)
+    with double_precision():
+        expected = with_gradients(inputs, "ref", torch.float64)
+        # coefficients are of the streams as they are stored
+        parameters = (inputs[name].double() for name in ("phi", "scale", "bias"))
+        of_stored = mhc_coefficients(
+            got[1].detach().double(), *parameters, **OPTIONS, backend="ref"
+        )
+    expected[2:5] = baseline[2:5] = of_stored
+    names = (*RESULTS, *(f"d_{name}" for name in NAMES))
+    for name, out, base, want in zip(names, got, baseline, expected, strict=True):
+        assert out.dtype == (dtype if name in IN_STREAM_DTYPE else FP32)
+        if name[2:] in ("pre", "post", "comb", "scale", "bias", "weight"):
+            # so few numbers that a row of the baseline may be right by luck
+            out, base, want = (tensor.reshape(1, -1) for tensor in (out, base, want))
+        base = want if dtype == FP32 else base
+        # terms of a row of phi's gradient may cancel: fp32 rounds them at their own size
+        noise = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
+        try:
+            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=noise)
+        except AssertionError as error:
+            raise AssertionError(f"{name} of {shape}") from error
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs larger shapes")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_and_gradients_follow_the_formula(
+    shape: tuple[int, int, int, torch.dtype],
+) -> None:
+    assert_follows_the_formula(shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_results_and_gradients_follow_the_formula_on_a_gpu(
+    shape: tuple[int, int, int, torch.dtype],
+) -> None:
+    assert_follows_the_formula(shape)
+
+
+def test_the_fused_chain_is_the_unfused_one() -> None:
+    """The new streams have the same bits; coefficients differ in the order of sums alone."""
+    inputs = make_inputs(19, 4, 192, BF16)
+    got, want = seam(inputs, "triton"), unfused(inputs, "triton")
+    assert torch.equal(got[1], want[1])
+    for a, b in zip(got[2:], want[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_cpu_it_is_the_old_chain_to_the_bit() -> None:
+    inputs = {name: x.cpu() for name, x in make_inputs(3, 4, 64, BF16).items()}
+    assert all(
+        map(
+            torch.equal, with_gradients(inputs, "ref"), with_gradients(inputs, "ref", None, unfused)
+        )
+    )
+    with torch.no_grad():
+        assert all(map(torch.equal, seam(inputs, "auto"), unfused(inputs, "auto")))
+
+
+def test_either_gradient_of_the_stream_may_be_missing() -> None:
+    inputs = make_inputs(3, 4, 64)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "pre", "weight")]
+    u, passed = mhc_collapse_norm(*leaves, norm_eps=1e-6, backend="triton")
+    grad = torch.randn_like(passed)
+    (alone,) = torch.autograd.grad(passed, leaves[:1], grad, retain_graph=True)
+    assert torch.equal(alone, grad)
+    (one,) = torch.autograd.grad(u, leaves[:1], torch.ones_like(u), retain_graph=True)
+    (both,) = torch.autograd.grad((u, passed), leaves[:1], (torch.ones_like(u), grad))
+    torch.testing.assert_close(both, one + grad)
+
+
+def test_numbers_beyond_32_bits() -> None:
+    """Streams and tokens 2^30 numbers and more apart; nothing else is touched of the memory."""
+    stride = 2**30 + 8
+    size = 3 * stride + 128
+    if DEVICE == "cpu":
+        flat = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=BF16)
+    else:
+        flat = torch.zeros(size, dtype=BF16, device=DEVICE)
+    inputs = make_inputs(2, 3, 32, BF16)
+    far = flat.as_strided((2, 3, 32), (stride + 64, stride, 1)).copy_(inputs["x"])
+    got = with_gradients(inputs | {"x": far}, "triton")
+    assert all(map(torch.equal, got, with_gradients(inputs, "triton")))
+
+
+def test_no_tokens() -> None:
+    results = with_gradients(make_inputs(0, 4, 64, BF16), "triton")
+    assert [list(x.shape) for x in results[:5]] == [[0, 64], [0, 4, 64], [0, 4], [0, 4], [0, 4, 4]]
+    assert all(not x.any() for x in results[5:])
+
+
+def test_the_order_of_tokens_does_not_matter() -> None:
+    inputs, order = make_inputs(21, 4, 64, BF16), torch.randperm(21).to(DEVICE)
+    other = inputs | {name: inputs[name][order] for name in NAMES[:5]}
+    for a, b in zip(seam(other, "triton"), seam(inputs, "triton"), strict=True):
+        assert torch.equal(a, b[order])
+
+
+@pytest.mark.gpu
+def test_repeated_calls_have_the_same_bits() -> None:
+    inputs = make_inputs(3000, 4, 1024, BF16)
+    first, second = with_gradients(inputs, "triton"), with_gradients(inputs, "triton")
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_nan_stays_in_its_token() -> None:
+    inputs = make_inputs(4, 2, 64, BF16)
+    want = seam(inputs, "triton")
+    inputs["x"][1, 1, 3] = math.nan
+    got = seam(inputs, "triton")
+    rest = [0, 2, 3]
+    for name, a, b in zip(RESULTS, got, want, strict=True):
+        assert a[1].isnan().all() if name != "written" else a[1].isnan().any()
+        assert torch.equal(a[rest], b[rest])
+
+
+def test_streams_and_arguments_may_lie_anywhere() -> None:
+    inputs = make_inputs(2, 2, 64, BF16)
+    far = dict(inputs)
+    for name, tensor in inputs.items():
+        wide = torch.full((2, *tensor.shape), math.nan, dtype=tensor.dtype, device=DEVICE)
+        far[name] = wide.movedim(0, -1)[..., 0].copy_(tensor)
+    # channels that are no neighbours, streams apart, and the one stream that a model starts with
+    apart = torch.full((2, 5, 72), math.nan, dtype=BF16, device=DEVICE)[:, ::2][:, :2, :64]
+    single = inputs["x"][:, :1].expand(-1, 2, -1)
+    want = with_gradients(inputs, "triton")
+    for strange in (far, inputs | {"x": apart.copy_(inputs["x"])}):
+        assert all(map(torch.equal, with_gradients(strange, "triton"), want))
+    got = seam(inputs | {"x": single}, "triton")
+    want = seam(inputs | {"x": single.contiguous()}, "triton")
+    assert all(map(torch.equal, got, want))
+
+
+def test_the_operators_describe_themselves_to_pytorch() -> None:
+    inputs = make_inputs(1, 1, 64)
+    x, y, pre, post, comb, phi, scale, bias, weight = (inputs[k].requires_grad_() for k in NAMES)
+    ops = torch.ops.model1
+    for backend in ("triton", "ref"):
+        for op, arguments in (
+            (ops.mhc_collapse_norm, (x, pre, weight, 1e-6)),
+            (
+                ops.mhc_write_back_coefficients,
+                (x, y, post, comb, phi, scale, bias, 1, 1e-6, 1e-6),
+            ),
+        ):
+            torch.library.opcheck(op.default, (*arguments, backend))
+
+
+def test_gradients_of_the_reference_operators_are_those_of_autograd() -> None:
+    """A plug-in may take them for its own."""
+    inputs = make_inputs(3, 3, 8)
+    ops = torch.ops.model1
+
+    def through_operators(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
+        x, y, pre, post, comb, phi, scale, bias, weight = (inputs[name] for name in NAMES)
+        u = ops.mhc_collapse_norm(x, pre, weight, 1e-6, backend)
+        parameters = phi, scale, bias, *OPTIONS.values(), backend
+        return [u, *ops.mhc_write_back_coefficients(x, y, post, comb, *parameters)[:4]]
+
+    got = with_gradients(inputs, "ref", None, through_operators)
+    for a, b in zip(got, with_gradients(inputs, "ref"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_one_graph_under_torch_compile() -> None:
+    inputs = make_inputs(1, 1, 64)
+
+    def step(**tensors: Tensor) -> Tensor:
+        parts = seam({name: 2 * x for name, x in tensors.items()}, "triton")
+        return torch.stack([part.square().sum() for part in parts]).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (step, compiled):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        run(**leaves).backward()
+        grads.append([leaf.grad for leaf in leaves.values()])
+    for want, got in zip(*grads, strict=True):
+        assert want is not None
+        assert torch.equal(want, got)
+
+
+def test_what_kernels_do_not_take_is_refused() -> None:
+    inputs = make_inputs(2, 4, 64)
+    x, pre, weight = inputs["x"], inputs["pre"], inputs["weight"]
+    options = {"norm_eps": 1e-6, "backend": "triton"}
+    with pytest.raises(ValueError, match=r"x must be bfloat16, float16 or float32, got .*float64"):
+        mhc_collapse_norm(x.double(), pre, weight, **options)
+    with pytest.raises(BackendUnavailable, match="mhc/triton takes at most 8 streams, got 9"):
+        mhc_collapse_norm(torch.ones(2, 9, 64, device=DEVICE), pre[:, [0] * 9], weight, **options)
+    with pytest.raises(ValueError, match=r"weight must be \[64\] floating point, got \[63\]"):
+        mhc_collapse_norm(x, pre, weight[1:], **options)
+    arguments = [inputs[name] for name in ("x", "y", "post", "comb", "phi", "scale", "bias")]
+    with pytest.raises(ValueError, match=r"phi must be \[24, 256\], got \[23, 256\]"):
+        mhc_write_back_coefficients(
+            *arguments[:4], arguments[4][1:], *arguments[5:], **OPTIONS, backend="triton"
+        )
+    with pytest.raises(ValueError, match=r"y must be \[2, 64\] floating point, got \[2, 63\]"):
+        mhc_write_back_coefficients(
+            x, inputs["y"][:, 1:], *arguments[2:], **OPTIONS, backend="triton"
+        )
+
+
+def test_coefficients_are_named() -> None:
+    inputs = make_inputs(1, 2, 64)
+    arguments = [inputs[name] for name in ("x", "y", "post", "comb", "phi", "scale", "bias")]
+    _, got = mhc_write_back_coefficients(*arguments, **OPTIONS, backend="triton")
+    assert isinstance(got, MhcCoefficients)
+    assert got.comb.shape == (1, 2, 2)
