@@ -16,11 +16,12 @@ from model1.nn.attention import Attention
 from model1.nn.block import Block
 from model1.nn.context import Context, FullContext
 from model1.nn.engram import Engram, ngram_windows
+from model1.nn.indexer import LowRankSelector
 from model1.nn.kv import CacheKind, KVCache, allocate
 from model1.nn.layers import Embedding, Linear, RmsNorm
 from model1.nn.metadata import AttentionMetadata
-from model1.nn.mhc import HyperHead
-from model1.nn.moe import FeedForward
+from model1.nn.mhc import HyperConnection, HyperHead
+from model1.nn.moe import FeedForward, MixtureOfExperts
 from model1.nn.mtp import MultiTokenPrediction
 from model1.nn.paged import PagedContext, check_backend
 from model1.ops.engram import build_hash_specs, check_compression_table
@@ -194,3 +195,40 @@ class Model(nn.Module):
     def exit(self, x: Tensor) -> Tensor:
         """Streams [t, n, c] to the normalised [t, c] that the head reads."""
         return self.norm(x[:, 0]) if self.mhc_head is None else self.mhc_head(x, self.norm)
+
+    def after_optimizer_step(self) -> None:
+        """Balance the experts, and make bases orthonormal again that training has moved."""
+        moved = self.selector_rows > 0 or not self.dense_attention
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.update_balance()
+            elif isinstance(module, LowRankSelector) and moved:
+                module.retract()
+
+    @torch.no_grad()
+    def diagnostics(self, input_ids: Tensor) -> dict[str, float]:
+        """Worst Sinkhorn error of any hyper-connection on input_ids [b, s]; {} without them."""
+        connections = [m for m in self.modules() if isinstance(m, HyperConnection)]
+        if not connections:
+            return {}
+        for connection in connections:
+            connection.worst_error = input_ids.new_zeros((), dtype=torch.float32)
+        self.forward_hidden(input_ids)
+        errors = [c.worst_error for c in connections if c.worst_error is not None]
+        for connection in connections:
+            connection.worst_error = None
+        return {"sinkhorn_error": float(torch.stack(errors).max())}
+
+    def num_parameters(self) -> dict[str, int]:
+        """Counts: "total" and of it "tables" (Engram rows, trainable or stored)."""
+        tables = 0
+        stored = 0
+        for module in self.modules():
+            if isinstance(module, Engram):
+                table = module.table
+                if table.weight is not None:
+                    tables += table.weight.numel()
+                elif table.store is not None:
+                    stored += table.store.num_rows * table.store.dim
+        total = sum(p.numel() for p in self.parameters()) + stored
+        return {"total": total, "tables": tables + stored}

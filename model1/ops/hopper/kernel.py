@@ -4,10 +4,10 @@
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
 """Attention over gathered keys on Hopper: one persistent program per SM and 64 heads.
 
-Two warp groups attend; one copies keys that are bf16, or two convert what a cache holds.
-in blocks of 64 tokens, two at a time, a and b. Warp group `attend_first` computes the scores of a and
-owns output channels 0 to 255, `attend_second` the scores of b and channels 256 to 511; each hands
-its weights to the other. docs/kernels_hopper.md has barriers, budgets and reasons.
+Two warp groups attend; one copies keys that are bf16, or two convert what a cache holds. Keys come
+in blocks of 64 tokens, two at a time, a and b. Warp group `attend_first` computes the scores of a
+and owns output channels 0 to 255, `attend_second` the scores of b and channels 256 to 511; each
+hands its weights to the other. docs/kernels_hopper.md has barriers, budgets and reasons.
 """
 
 from __future__ import annotations
