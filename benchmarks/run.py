@@ -122,7 +122,10 @@ def main() -> None:
     rows = []
     for case in [case for operator in operators for case in OPERATORS[operator].cases()]:
         if options.match in case.name:
-            rows.append(measure(case, peer, ceilings, graph=options.graph))
+            # a gradient is computed on the stream of its forward: not the default one, which no
+            # graph can capture
+            with torch.cuda.stream(torch.cuda.Stream()):
+                rows.append(measure(case, peer, ceilings, graph=options.graph))
             print(format_row(rows[-1]), flush=True)
             torch.cuda.empty_cache()
     if options.record:
