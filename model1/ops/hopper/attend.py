@@ -20,21 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from model1.ops.hopper.items import item_field
-from model1.ops.hopper.shared import (
-    DECAY,
-    HIGH,
-    HIGH_FREE,
-    HIGH_READY,
-    LOW,
-    LOW_FREE,
-    LOW_READY,
-    MAXIMUM,
-    Q_HIGH,
-    QUERIES_READY,
-    TOTAL,
-    TOTALS_READY,
-    WEIGHTS_READY,
-)
 from model1.ops.hopper.softmax import add_scores, first_scores, log2_sum, softmax_step
 
 HEADS = gl.constexpr(64)  # of a program
@@ -64,13 +49,12 @@ def out_layout():
 
 @gluon.jit
 def _fetch_queries(
-    q_desc, rope_desc, request, query, group, q, q_rope, barriers, is_wanted,
+    q_desc, rope_desc, request, query, group, q_low, q_high, q_rope, q_ready, is_wanted,
     HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
     """64 heads of a row, by the copy engine."""
     TILE: gl.constexpr = tile_layout(4)
     CHANNELS: gl.constexpr = 2 * HALF + ROPE if HAS_ROPE else 2 * HALF
-    q_ready = barriers.index(QUERIES_READY)
     mbarrier.expect(q_ready, HEADS * CHANNELS * 2, pred=is_wanted)
     if HAS_ROPE:
         tma.async_copy_global_to_shared(
@@ -79,17 +63,17 @@ def _fetch_queries(
         )  # fmt: skip
     tma.async_copy_global_to_shared(
         q_desc, [request, query, group * HEADS, 0], q_ready,
-        q.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
+        q_low.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
     )  # fmt: skip
     tma.async_copy_global_to_shared(
         q_desc, [request, query, group * HEADS, HALF], q_ready,
-        q.index(Q_HIGH)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
+        q_high.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
     )  # fmt: skip
 
 
 @gluon.jit
 def _finish(
-    SIDE: gl.constexpr, acc, largest, total, rows, barriers, parity, store_tile, out_desc,
+    SIDE: gl.constexpr, acc, largest, total, totals, totals_ready, parity, store_tile, out_desc,
     request, query, slot, group, h, s_q, empty_lse, results, groups,
 ):  # fmt: skip
     """Write an item's half of the output, and its lse; 1 if `store_tile` is still read, else 0.
@@ -102,10 +86,10 @@ def _finish(
     O: gl.constexpr = out_layout()  # noqa: E741
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     # each warp group has summed the weights that it computed
-    rows.index(TOTAL + SIDE).store(total)
-    mbarrier.arrive(barriers.index(TOTALS_READY), count=1)
-    mbarrier.wait(barriers.index(TOTALS_READY), parity)
-    total = total + rows.index(TOTAL + 1 - SIDE).load(ROW)
+    totals.index(SIDE).store(total)
+    mbarrier.arrive(totals_ready, count=1)
+    mbarrier.wait(totals_ready, parity)
+    total = total + totals.index(1 - SIDE).load(ROW)
     lse, weight = log2_sum(largest, total)
     row = gl.arange(0, HEADS, layout=ROW)
     if slot < 0:
@@ -145,17 +129,18 @@ def _finish(
 
 @gluon.jit
 def _issue_scores(
-    q, q_rope, k, k_rope, barriers, phase, a, NUMBER: gl.constexpr, HAS_ROPE: gl.constexpr,
+    tiles, low_ready, high_ready, phase, a, NUMBER: gl.constexpr, HAS_ROPE: gl.constexpr,
     IS_COPIED: gl.constexpr,
 ):  # fmt: skip
     """Scores of a pair's block NUMBER, which copies bring in halves; to be waited for."""
-    mbarrier.wait(barriers.index((LOW_READY if IS_COPIED else HIGH_READY) + NUMBER), phase)
+    mbarrier.wait((low_ready if IS_COPIED else high_ready).index(NUMBER), phase)
     fence_async_shared()
-    scores = first_scores(q.index(a), k.index(a + NUMBER), scores_layout())
+    q_low, q_high, q_rope, k_low, k_high, k_rope = tiles
+    scores = first_scores(q_low.index(a), k_low.index(a + NUMBER), scores_layout())
     if IS_COPIED:
-        mbarrier.wait(barriers.index(HIGH_READY + NUMBER), phase)
+        mbarrier.wait(high_ready.index(NUMBER), phase)
         fence_async_shared()
-    scores = add_scores(q.index(a + Q_HIGH), k.index(a + (HIGH + NUMBER)), scores)
+    scores = add_scores(q_high.index(a), k_high.index(a + NUMBER), scores)
     if HAS_ROPE:
         scores = add_scores(q_rope.index(a), k_rope.index(a + NUMBER), scores)
     return scores
@@ -163,8 +148,9 @@ def _issue_scores(
 
 @gluon.jit
 def attend_first(
-    q_desc, rope_desc, q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group,
-    groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr,
+    q_desc, rope_desc, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima,
+    totals, bias, low_ready, high_ready, low_free, q_ready, w_ready, totals_ready, out_desc, items,
+    group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr,
     IS_COPIED: gl.constexpr,
 ):  # fmt: skip
     """Scores of the first block of each pair; output channels 0 to 255."""
@@ -172,11 +158,13 @@ def attend_first(
     O: gl.constexpr = out_layout()  # noqa: E741
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    tiles = (q_low, q_high, q_rope, k_low, k_high, k_rope)
     num_items = items[7]
     num_pairs, is_storing = 0, 0
     next_request, next_query = item_field(items, 1, 0), item_field(items, 1, 1)
     _fetch_queries(
-        q_desc, rope_desc, next_request, next_query, group, q, q_rope, barriers, num_items > 0,
+        q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
+        num_items > 0,
         HAS_ROPE,
     )  # fmt: skip
     for item in range(1, num_items + 1):
@@ -187,60 +175,62 @@ def attend_first(
         num_blocks = item_field(items, item, 3) - item_field(items, item, 2)
         # the output of the item before left from here
         tma.store_wait(0)
-        mbarrier.arrive(barriers.index(LOW_FREE + 1), count=1, pred=is_storing != 0)
+        mbarrier.arrive(low_free.index(1), count=1, pred=is_storing != 0)
         largest = gl.full([HEADS], float("-inf"), gl.float32, layout=ROW)
         total = gl.full([HEADS], 0.0, gl.float32, layout=ROW)
         acc = gl.full([HEADS, HALF], 0.0, gl.float32, layout=O)
-        mbarrier.wait(barriers.index(QUERIES_READY), (item - 1) & 1)
+        mbarrier.wait(q_ready, (item - 1) & 1)
         for i in range(0, num_blocks, 2):
             phase = num_pairs & 1
             # 0 at run time: known indices would have every descriptor computed ahead and spilled
             a = num_pairs * zero
             b = a + 1
-            scores = _issue_scores(q, q_rope, k, k_rope, barriers, phase, a, 0, HAS_ROPE, IS_COPIED)
+            scores = _issue_scores(tiles, low_ready, high_ready, phase, a, 0, HAS_ROPE, IS_COPIED)
             scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(0).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
             narrow = w.to(gl.bfloat16)
             weights.index(a).store(narrow)
-            rows.index(DECAY + 0).store(decay)
-            rows.index(MAXIMUM + 0).store(largest)
+            decays.index(0).store(decay)
+            maxima.index(0).store(largest)
             fence_async_shared()
-            mbarrier.arrive(barriers.index(WEIGHTS_READY + 0), count=1)
+            mbarrier.arrive(w_ready.index(0), count=1)
             total = total * decay + gl.sum(w, 1)
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-            acc = warpgroup_mma(gl.convert_layout(narrow, A), k.index(a), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(narrow, A), k_low.index(a), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(barriers.index(LOW_FREE + 0), count=1)
-            mbarrier.wait(barriers.index((LOW_READY if IS_COPIED else HIGH_READY) + 1), phase)
-            mbarrier.wait(barriers.index(WEIGHTS_READY + 1), phase)
+            mbarrier.arrive(low_free.index(0), count=1)
+            mbarrier.wait((low_ready if IS_COPIED else high_ready).index(1), phase)
+            mbarrier.wait(w_ready.index(1), phase)
             fence_async_shared()
             # both warp groups have their last scores: nobody reads the queries any more
             is_last = (i == num_blocks - 2) & (item < num_items)
             _fetch_queries(
-                q_desc, rope_desc, next_request, next_query, group, q, q_rope, barriers, is_last,
+                q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
+                is_last,
                 HAS_ROPE,
             )  # fmt: skip
-            decay = rows.index(DECAY + 1).load(ROW)
-            largest = rows.index(MAXIMUM + 1).load(ROW)
+            decay = decays.index(1).load(ROW)
+            largest = maxima.index(1).load(ROW)
             total = total * decay
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-            acc = warpgroup_mma(weights.index(a), k.index(b), acc, is_async=True)
+            acc = warpgroup_mma(weights.index(a), k_low.index(b), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             # the last pair's second buffer takes the output first
-            mbarrier.arrive(barriers.index(LOW_FREE + 1), count=1, pred=i != num_blocks - 2)
+            mbarrier.arrive(low_free.index(1), count=1, pred=i != num_blocks - 2)
             num_pairs += 1
         is_storing = _finish(
-            0, acc, largest, total, rows, barriers, (item - 1) & 1, k.index(LOW + 1), out_desc,
+            0, acc, largest, total, totals, totals_ready, (item - 1) & 1, k_low.index(1), out_desc,
             request, query, slot, group, h, s_q, empty_lse, results, groups,
         )  # fmt: skip
-        mbarrier.arrive(barriers.index(LOW_FREE + 1), count=1, pred=is_storing == 0)
+        mbarrier.arrive(low_free.index(1), count=1, pred=is_storing == 0)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attend_second(
-    q, q_rope, k, k_rope, weights, rows, bias, barriers, out_desc, items, group, groups, h, s_q,
+    q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias, low_ready,
+    high_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items, group, groups, h, s_q,
     empty_lse, results, scale_log2, zero, HAS_ROPE: gl.constexpr, IS_COPIED: gl.constexpr,
 ):  # fmt: skip
     """Scores of the second block of each pair; output channels 256 to 511."""
@@ -248,6 +238,7 @@ def attend_second(
     O: gl.constexpr = out_layout()  # noqa: E741
     ROW: gl.constexpr = gl.SliceLayout(1, S)
     A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    tiles = (q_low, q_high, q_rope, k_low, k_high, k_rope)
     num_items = items[7]
     num_pairs, is_storing = 0, 0
     for item in range(1, num_items + 1):
@@ -255,57 +246,57 @@ def attend_second(
         slot = item_field(items, item, 4)
         num_blocks = item_field(items, item, 3) - item_field(items, item, 2)
         tma.store_wait(0)
-        mbarrier.arrive(barriers.index(HIGH_FREE + 1), count=1, pred=is_storing != 0)
+        mbarrier.arrive(high_free.index(1), count=1, pred=is_storing != 0)
         largest = gl.full([HEADS], float("-inf"), gl.float32, layout=ROW)
         total = gl.full([HEADS], 0.0, gl.float32, layout=ROW)
         acc = gl.full([HEADS, HALF], 0.0, gl.float32, layout=O)
-        mbarrier.wait(barriers.index(QUERIES_READY), (item - 1) & 1)
+        mbarrier.wait(q_ready, (item - 1) & 1)
         for i in range(0, num_blocks, 2):
             phase = num_pairs & 1
             a = num_pairs * zero
             b = a + 1
             if IS_COPIED:
                 scores = _issue_scores(
-                    q, q_rope, k, k_rope, barriers, phase, a, 1, HAS_ROPE, IS_COPIED
+                    tiles, low_ready, high_ready, phase, a, 1, HAS_ROPE, IS_COPIED
                 )
-            mbarrier.wait(barriers.index(HIGH_READY + 0), phase)
-            mbarrier.wait(barriers.index(WEIGHTS_READY + 0), phase)
+            mbarrier.wait(high_ready.index(0), phase)
+            mbarrier.wait(w_ready.index(0), phase)
             fence_async_shared()
-            decay = rows.index(DECAY + 0).load(ROW)
-            largest = rows.index(MAXIMUM + 0).load(ROW)
+            decay = decays.index(0).load(ROW)
+            largest = maxima.index(0).load(ROW)
             total = total * decay
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-            in_flight = warpgroup_mma(weights.index(a), k.index(a + HIGH), acc, is_async=True)
+            in_flight = warpgroup_mma(weights.index(a), k_high.index(a), acc, is_async=True)
             if IS_COPIED:
                 scores = warpgroup_mma_wait(1, deps=[scores])
             else:
                 scores = _issue_scores(
-                    q, q_rope, k, k_rope, barriers, phase, a, 1, HAS_ROPE, IS_COPIED
+                    tiles, low_ready, high_ready, phase, a, 1, HAS_ROPE, IS_COPIED
                 )
                 acc = warpgroup_mma_wait(3 if HAS_ROPE else 2, deps=[in_flight])
-                mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
+                mbarrier.arrive(high_free.index(0), count=1)
                 scores = warpgroup_mma_wait(0, deps=[scores])
             scores += bias.index(1).load(gl.SliceLayout(0, S)).to(gl.float32)[None, :]
             w, decay, largest = softmax_step(scores, largest, scale_log2)
             narrow = w.to(gl.bfloat16)
             if IS_COPIED:
                 acc = warpgroup_mma_wait(0, deps=[in_flight])
-                mbarrier.arrive(barriers.index(HIGH_FREE + 0), count=1)
+                mbarrier.arrive(high_free.index(0), count=1)
             weights.index(a).store(narrow)
-            rows.index(DECAY + 1).store(decay)
-            rows.index(MAXIMUM + 1).store(largest)
+            decays.index(1).store(decay)
+            maxima.index(1).store(largest)
             fence_async_shared()
-            mbarrier.arrive(barriers.index(WEIGHTS_READY + 1), count=1)
+            mbarrier.arrive(w_ready.index(1), count=1)
             total = total * decay + gl.sum(w, 1)
             acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-            acc = warpgroup_mma(gl.convert_layout(narrow, A), k.index(b + HIGH), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(narrow, A), k_high.index(b), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             # the last pair's second buffer takes the output first
-            mbarrier.arrive(barriers.index(HIGH_FREE + 1), count=1, pred=i != num_blocks - 2)
+            mbarrier.arrive(high_free.index(1), count=1, pred=i != num_blocks - 2)
             num_pairs += 1
         is_storing = _finish(
-            1, acc, largest, total, rows, barriers, (item - 1) & 1, k.index(HIGH + 1), out_desc,
+            1, acc, largest, total, totals, totals_ready, (item - 1) & 1, k_high.index(1), out_desc,
             request, query, slot, group, h, s_q, empty_lse, results, groups,
         )  # fmt: skip
-        mbarrier.arrive(barriers.index(HIGH_FREE + 1), count=1, pred=is_storing == 0)
+        mbarrier.arrive(high_free.index(1), count=1, pred=is_storing == 0)
     tma.store_wait(0)

@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from model1.ops.hopper.cursor import BLOCK, load_slots, next_block, open_list
 from model1.ops.hopper.items import item_field
 from model1.ops.hopper.rows_model1 import locate
-from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE, LOW_READY
 
 _ITEM_BYTES = gl.constexpr(2)
 _HALF = gl.constexpr(256)  # channels of a tile
@@ -49,8 +48,8 @@ def _copy(rows, exists, tile, FIRST: gl.constexpr, NUM: gl.constexpr):
 
 @gluon.jit
 def gather_bf16_keys(
-    items, lists, main, extra, k, k_rope, bias, barriers,
-    hidden, HAS_ROPE: gl.constexpr, IS_PAGED: gl.constexpr,
+    items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready, low_free,
+    high_free, hidden, HAS_ROPE: gl.constexpr, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep keys coming: slots two blocks ahead; asking the L2 cache for rows made it slower.
 
@@ -71,16 +70,16 @@ def gather_bf16_keys(
         num_blocks = 0
         while item_now <= num_items:
             buffer, phase = num_blocks & 1, (num_blocks >> 1) & 1
-            mbarrier.wait(barriers.index(LOW_FREE + buffer), phase ^ 1)
-            _copy(rows, exists, k.index(LOW + buffer), 0, _HALF)
-            async_copy.mbarrier_arrive(barriers.index(LOW_READY + buffer), increment_count=False)
-            mbarrier.wait(barriers.index(HIGH_FREE + buffer), phase ^ 1)
-            _copy(rows, exists, k.index(HIGH + buffer), _HALF, _HALF)
+            mbarrier.wait(low_free.index(buffer), phase ^ 1)
+            _copy(rows, exists, k_low.index(buffer), 0, _HALF)
+            async_copy.mbarrier_arrive(low_ready.index(buffer), increment_count=False)
+            mbarrier.wait(high_free.index(buffer), phase ^ 1)
+            _copy(rows, exists, k_high.index(buffer), _HALF, _HALF)
             if HAS_ROPE:
                 _copy(rows, exists, k_rope.index(buffer), 2 * _HALF, _ROPE)
-            async_copy.mbarrier_arrive(barriers.index(HIGH_READY + buffer), increment_count=False)
+            async_copy.mbarrier_arrive(high_ready.index(buffer), increment_count=False)
             bias.index(buffer).store(gl.where(exists, 0.0, float("-inf")).to(gl.bfloat16))
-            mbarrier.arrive(barriers.index(HIGH_READY + buffer), count=1)
+            mbarrier.arrive(high_ready.index(buffer), count=1)
             rows, exists = _rows(slot, cache, HAS_ROPE)
             item, block, end, start, left, cache = next_block(
                 items, item, block, end, start, left, cache, lists, main, extra

@@ -23,7 +23,6 @@ from model1.ops.hopper.rows_model1 import (
     row_pointers,
     side_by_side,
 )
-from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE
 
 
 @gluon.jit
@@ -33,8 +32,8 @@ def _pointers(slot, cache):
 
 @gluon.jit
 def gather_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k, k_rope, bias, barriers, hidden,
-    IS_PAGED: gl.constexpr,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, high_ready, low_free,
+    high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -74,13 +73,13 @@ def gather_keys(
         num_blocks = 0
         while item_now <= num_items:
             buffer, phase = num_blocks & 1, (num_blocks >> 1) & 1
-            low = k.index(LOW + buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
-            high = k.index(HIGH + buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
+            low = k_low.index(buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
+            high = k_high.index(buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
             low = low.slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
             high = high.slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
             new_bias = gl.where(exists, 0.0, float("-inf"))
             rows, exists = next_rows, next_exists
-            mbarrier.wait(barriers.index(LOW_FREE + buffer), phase ^ 1)
+            mbarrier.wait(low_free.index(buffer), phase ^ 1)
             # a scale byte of 255, or any NaN code, makes every product with the token NaN
             nan = nan_bits(gl.zeros_like(scale_low), scale_low) & scale_low
             found = nan_bits(gl.zeros_like(x0), x0)
@@ -97,7 +96,7 @@ def gather_keys(
             x1 = load_codes(rows, exists, 1)
             x2 = load_codes(rows, exists, 2)
             x3 = load_codes(rows, exists, 3)
-            mbarrier.wait(barriers.index(HIGH_FREE + buffer), phase ^ 1)
+            mbarrier.wait(high_free.index(buffer), phase ^ 1)
             nan |= nan_bits(gl.zeros_like(nan), scale_high & 0xFFFFFF) & scale_high
             found = nan_bits(gl.zeros_like(x4), x4)
             nan |= gl.reduce_or(nan_bits(nan_bits(found, x5), x6), 1)
@@ -117,7 +116,7 @@ def gather_keys(
             bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0).store(
                 new_bias.to(gl.bfloat16)
             )
-            mbarrier.arrive(barriers.index(HIGH_READY + buffer), count=1)
+            mbarrier.arrive(high_ready.index(buffer), count=1)
             next_rows, next_scales, next_exists = _pointers(slot, cache)
             prefetch_rows(next_rows, next_scales)
             item, block, end, start, left, cache = next_block(

@@ -21,7 +21,6 @@ from model1.ops.hopper.rows_v32 import (
     prefetch_v32_rows,
     v32_rows,
 )
-from model1.ops.hopper.shared import HIGH, HIGH_FREE, HIGH_READY, LOW, LOW_FREE
 
 
 @gluon.jit
@@ -31,8 +30,8 @@ def _rows(slot, cache):
 
 @gluon.jit
 def gather_v32_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k, k_rope, bias, barriers, hidden,
-    IS_PAGED: gl.constexpr,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, high_ready, low_free,
+    high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 
@@ -71,8 +70,8 @@ def gather_v32_keys(
         num_blocks = 0
         while item_now <= num_items:
             buffer, phase = num_blocks & 1, (num_blocks >> 1) & 1
-            low = k.index(LOW + buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
-            high = k.index(HIGH + buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
+            low = k_low.index(buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
+            high = k_high.index(buffer)._reinterpret(gl.int32, [BLOCK, 128], WORDS)
             last = k_rope.index(buffer)._reinterpret(gl.int32, [BLOCK, 32], WORDS)
             low = low.slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
             high = high.slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
@@ -80,7 +79,7 @@ def gather_v32_keys(
             new_bias = gl.where(exists, 0.0, float("-inf"))
             old_rows, old_exists = rows, exists
             rows, exists = next_rows, next_exists
-            mbarrier.wait(barriers.index(LOW_FREE + buffer), phase ^ 1)
+            mbarrier.wait(low_free.index(buffer), phase ^ 1)
             low.slice(0, 64, dim=1).store(
                 side_by_side(convert_v32_codes(x0, s0), convert_v32_codes(x1, s0))
             )
@@ -92,9 +91,9 @@ def gather_v32_keys(
             x1 = load_codes(rows, exists, 1)
             x2 = load_codes(rows, exists, 2)
             x3 = load_codes(rows, exists, 3)
-            mbarrier.wait(barriers.index(HIGH_FREE + buffer), phase ^ 1)
+            mbarrier.wait(high_free.index(buffer), phase ^ 1)
             copy_rope(old_rows, old_exists, last)
-            async_copy.mbarrier_arrive(barriers.index(HIGH_READY + buffer), increment_count=False)
+            async_copy.mbarrier_arrive(high_ready.index(buffer), increment_count=False)
             high.slice(0, 64, dim=1).store(
                 side_by_side(convert_v32_codes(x4, s2), convert_v32_codes(x5, s2))
             )
@@ -108,7 +107,7 @@ def gather_v32_keys(
             x7 = load_codes(rows, exists, 7)
             place = bias.index(buffer).slice(HALF_BLOCK * TOKENS, TOKENS, dim=0)
             place.store(new_bias.to(gl.bfloat16))
-            mbarrier.arrive(barriers.index(HIGH_READY + buffer), count=1)
+            mbarrier.arrive(high_ready.index(buffer), count=1)
             next_rows, next_exists = _rows(slot, cache)
             prefetch_v32_rows(next_rows)
             item, block, end, start, left, cache = next_block(

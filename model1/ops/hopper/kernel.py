@@ -29,18 +29,6 @@ from model1.ops.hopper.gather_bf16 import gather_bf16_keys
 from model1.ops.hopper.gather_model1 import gather_keys
 from model1.ops.hopper.gather_v32 import gather_v32_keys
 from model1.ops.hopper.overlap import gluon_release_successor, gluon_wait_for_predecessor
-from model1.ops.hopper.shared import (
-    HIGH_FREE,
-    HIGH_READY,
-    LOW_FREE,
-    LOW_READY,
-    NUM_BARRIERS,
-    NUM_KEY_TILES,
-    NUM_ROWS,
-    QUERIES_READY,
-    TOTALS_READY,
-    WEIGHTS_READY,
-)
 
 
 @gluon.jit
@@ -64,9 +52,12 @@ def attend_items(
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     HAS_ROPE: gl.constexpr = rope_desc is not None
-    k = gl.allocate_shared_memory(gl.bfloat16, [NUM_KEY_TILES, BLOCK, HALF], TILE)
-    q = gl.allocate_shared_memory(gl.bfloat16, [2, HEADS, HALF], TILE)
-    k_rope, q_rope, rope_queries = k, q, q_desc
+    # An allocation for each: between accesses to one the compiler lets all warps of a group wait.
+    k_low = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, HALF], TILE)
+    k_high = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, HALF], TILE)
+    q_low = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, HALF], TILE)
+    q_high = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, HALF], TILE)
+    k_rope, q_rope, rope_queries = k_low, q_low, q_desc
     if HAS_ROPE:
         k_rope = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, ROPE], TILE)
         q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, ROPE], TILE)
@@ -74,20 +65,23 @@ def attend_items(
     # one tile: each warp group has read the other's weights before it writes its own
     weights = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, BLOCK], TILE)
     bias = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK], ROWS)
-    numbers = gl.allocate_shared_memory(gl.float32, [NUM_ROWS, HEADS], ROWS)
-    barriers = gl.allocate_shared_memory(gl.int64, [NUM_BARRIERS, 1], BARRIER)
+    decays = gl.allocate_shared_memory(gl.float32, [2, HEADS], ROWS)
+    maxima = gl.allocate_shared_memory(gl.float32, [2, HEADS], ROWS)
+    totals = gl.allocate_shared_memory(gl.float32, [2, HEADS], ROWS)
+    high_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    low_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    high_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    w_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    others = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    q_ready, totals_ready = others.index(0), others.index(1)
     for i in gl.static_range(2):
         # what is copied arrives thread by thread: all channels, or the rotary of V3.2's rows
-        mbarrier.init(barriers.index(LOW_READY + i), count=128)
-        mbarrier.init(
-            barriers.index(HIGH_READY + i),
-            count=1 + 128 if IS_BF16 else 2 + 256 if HAS_ROPE else 2,
-        )
-        mbarrier.init(barriers.index(LOW_FREE + i), count=1)
-        mbarrier.init(barriers.index(HIGH_FREE + i), count=1)
-        mbarrier.init(barriers.index(WEIGHTS_READY + i), count=1)
-    mbarrier.init(barriers.index(QUERIES_READY), count=1)
-    mbarrier.init(barriers.index(TOTALS_READY), count=2)
+        mbarrier.init(high_ready.index(i), count=1 + 128 if IS_BF16 else 2 + 256 if HAS_ROPE else 2)
+        mbarrier.init(low_free.index(i), count=1)
+        mbarrier.init(high_free.index(i), count=1)
+        mbarrier.init(w_ready.index(i), count=1)
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(totals_ready, count=2)
     group = gl.program_id(0) % groups
     program, num_programs = gl.program_id(0) // groups, gl.num_programs(0) // groups
     listed = group  # no pointer where there is no list
@@ -108,35 +102,45 @@ def attend_items(
         partial_ptr, partial_lse_ptr,
     )  # fmt: skip
     if IS_BF16:
+        low_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+        for i in gl.static_range(2):
+            mbarrier.init(low_ready.index(i), count=128)
         gl.warp_specialize([
             (gather_bf16_keys, (
-                items, lists, main, extra, k, k_rope, bias, barriers, hidden, HAS_ROPE, IS_PAGED,
+                items, lists, main, extra, k_low, k_high, k_rope, bias, low_ready, high_ready,
+                low_free, high_free, hidden, HAS_ROPE, IS_PAGED,
             )),
             (attend_first, (
-                q_desc, rope_queries, q, q_rope, k, k_rope, weights, numbers, bias, barriers,
+                q_desc, rope_queries, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays,
+                maxima, totals, bias, low_ready, high_ready, low_free, q_ready, w_ready, totals_ready,
                 out_desc, items, group, groups, h, s_q, empty_lse, results, scale_log2, zero,
                 HAS_ROPE, IS_BF16,
             )),
             (attend_second, (
-                q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group,
-                groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE, IS_BF16,
+                q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias,
+                low_ready, high_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items,
+                group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE, IS_BF16,
             )),
         ], [4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (gather_v32_keys if HAS_ROPE else gather_keys, (
-                0, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED,
+                0, items, lists, main, extra, k_low, k_high, k_rope, bias, high_ready, low_free,
+                high_free, hidden, IS_PAGED,
             )),
             (attend_first, (
-                q_desc, rope_queries, q, q_rope, k, k_rope, weights, numbers, bias, barriers,
+                q_desc, rope_queries, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays,
+                maxima, totals, bias, 0, high_ready, low_free, q_ready, w_ready, totals_ready,
                 out_desc, items, group, groups, h, s_q, empty_lse, results, scale_log2, zero,
                 HAS_ROPE, IS_BF16,
             )),
             (attend_second, (
-                q, q_rope, k, k_rope, weights, numbers, bias, barriers, out_desc, items, group,
-                groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE, IS_BF16,
+                q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias,
+                0, high_ready, high_free, q_ready, w_ready, totals_ready, out_desc, items,
+                group, groups, h, s_q, empty_lse, results, scale_log2, zero, HAS_ROPE, IS_BF16,
             )),
             (gather_v32_keys if HAS_ROPE else gather_keys, (
-                1, items, lists, main, extra, k, k_rope, bias, barriers, hidden, IS_PAGED,
+                1, items, lists, main, extra, k_low, k_high, k_rope, bias, high_ready, low_free,
+                high_free, hidden, IS_PAGED,
             )),
         ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
