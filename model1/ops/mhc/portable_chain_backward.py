@@ -1,7 +1,8 @@
 """Triton kernels for two sublayers' seam, backward.
 
 The gradient of the collapse walks over the tokens of its program and adds up that of the norm's
-weight. That of the write-back first adds to the streams' gradient what comes from the coefficients,
+weight. A block of threads needs six sums of a token before the next, so that the next one's
+streams arrive in shared memory meanwhile. That of the write-back first adds to the streams' gradient what comes from the coefficients,
 a matrix of rank n*n + 2n and a multiple of the stream, and then is the unfused one: both at once
 need a product's layout and a load's at the same time, and Triton 3.6 runs out of registers.
 """
@@ -39,7 +40,6 @@ from model1.ops.mhc.portable_streams import (
 from model1.ops.rounding import round_to
 
 
-# Not measured yet. Fewer channels than forward, for a thread keeps them of every stream.
 @dataclass(frozen=True)
 class RowConfig:
     """How the collapse's gradient is cut: num_stages - 1 tokens of a program are on their way."""
@@ -49,6 +49,7 @@ class RowConfig:
     programs_per_sm: int  # that run at once
 
 
+# Not measured yet. Fewer channels a thread than forward, for it keeps them of every stream.
 # 74 KB of four bf16 streams of 4096 channels on their way to each SM while a token is computed
 ROWS = RowConfig(channels_per_thread=8, num_stages=2, programs_per_sm=1)
 SCRATCH_BYTES = 17 << 10  # of shared memory, for sums
