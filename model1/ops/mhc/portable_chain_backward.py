@@ -1,10 +1,11 @@
 """Triton kernels for two sublayers' seam, backward.
 
 The gradient of the collapse walks over the tokens of its program and adds up that of the norm's
-weight. A block of threads needs six sums of a token before the next, so that the next one's
-streams arrive in shared memory meanwhile. That of the write-back first adds to the streams' gradient what comes from the coefficients,
-a matrix of rank n*n + 2n and a multiple of the stream, and then is the unfused one: both at once
-need a product's layout and a load's at the same time, and Triton 3.6 runs out of registers.
+weight. A token takes six sums over all its threads, one after another; meanwhile the next one's
+streams arrive in shared memory. That of the write-back first adds to the streams' gradient what
+comes from the coefficients, a matrix of rank n*n + 2n and a multiple of the stream, and then is the
+unfused one: both at once need a product's layout and a load's at the same time, and Triton 3.6 runs
+out of registers.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type, and loops over
 # tl.static_range exist only when compiled.
