@@ -50,6 +50,16 @@ def streams(ptr, stride, offset, mask, N: tl.constexpr):
 
 
 @triton.jit
+def tiles(ptr, stride, offset, mask, N: tl.constexpr):
+    """The same channels of every stream, in their own dtype."""
+    values = ()
+    for _ in tl.static_range(N):
+        values += (tl.load(ptr + offset, mask=mask, other=0.0),)
+        ptr += stride  # a multiple of it may not fit 32 bits
+    return values
+
+
+@triton.jit
 def weighted_sum(values, weights, N: tl.constexpr):
     """Values by weights, added in their order."""
     total = values[0] * weights[0]
@@ -145,14 +155,14 @@ def _write_back_bwd_kernel(
         inside = channel < C
         grad = streams(grad_ptr + token * (N * C), C, channel, inside, N)
         y = tl.load(y_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
+        # all loads first: none may pass a store
+        x = tiles(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
         d_y = round_to(weighted_sum(grad, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
         tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
         new = _add_products(sums[:N], y, grad, RUN, N)
-        row = x_ptr + token * stride_x_t
         for j in tl.static_range(N):
-            x = tl.load(row + channel, mask=inside, other=0.0).to(tl.float32)
-            row += stride_x_n
-            new += _add_products(sums[N + j * N : 2 * N + j * N], x, grad, RUN, N)
+            wide = x[j].to(tl.float32)
+            new += _add_products(sums[N + j * N : 2 * N + j * N], wide, grad, RUN, N)
             weights = numbers(comb_ptr + token * (N * N), j * N, 1, N)
             d_x = weighted_sum(grad, weights, N)
             d_x = round_to(d_x, d_x_ptr.dtype.element_ty, INTERPRETED)
