@@ -20,6 +20,8 @@ import torch
 from call_cases_hopper import HOPPER_CALLS
 from call_cases_memory import MEMORY_CALLS
 from calls import Call, call_of, set_seed
+from expert_calls import fp8_linear_call, moe_experts_call, moe_route_call
+from lightning_cases import make_call
 from sparse_decode_cases import DEVICE, DTYPE
 from torch import Tensor
 
