@@ -7,9 +7,7 @@ Small on a CPU, of the models' widths on a GPU, on whichever GPU is the current 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lowrank_cases
@@ -19,13 +17,14 @@ import small_cases
 import sparse_decode_cases
 import sparse_prefill_cases
 import torch
+from call_cases_hopper import HOPPER_CALLS
+from call_cases_memory import MEMORY_CALLS
+from calls import Call, call_of, set_seed
 from expert_calls import fp8_linear_call, moe_experts_call, moe_route_call
 from lightning_cases import make_call
 from sparse_decode_cases import DEVICE, DTYPE
 from torch import Tensor
 
-from model1.ops.engram import engram_gate, engram_hash, quantize_rows
-from model1.ops.engram.gather import gather_rows
 from model1.ops.kv_cache import (
     KVLayout,
     allocate_kv_cache,
@@ -37,8 +36,6 @@ from model1.ops.kv_write import norm_rope_store
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
-from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 from model1.ops.paged_decode import paged_decode
 from model1.ops.rope import Rotation, rope_frequencies, rotation
 from model1.ops.rope_gate import inverse_rope_gate
@@ -50,38 +47,6 @@ BIG = DEVICE == "cuda"
 LAYOUT = KVLayout("model1_fp8", 448, 64) if BIG else KVLayout("model1_fp8", 64, 32)
 BLOCK_SIZE = 64 if BIG else 4
 HEADS = 64 if BIG else 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """run(**tensors) with kernels: a tensor, a tuple of them, or nothing but what it writes."""
-
-    run: Callable[..., Any]
-    tensors: dict[str, Tensor]
-    differentiable: tuple[str, ...] = ()
-
-    def results(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """What the call returns."""
-        returned = self.run(**tensors)
-        if returned is None:
-            return []
-        return [returned] if isinstance(returned, Tensor) else list(returned)
-
-
-def _call(function: Callable[..., Any], arguments: dict[str, Any], *differentiable: str) -> Call:
-    """A public function on keyword arguments, tensors and others, with the Triton backend."""
-    options = {name: x for name, x in arguments.items() if not isinstance(x, Tensor)}
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-
-    def run(**tensors: Tensor) -> Any:
-        return function(**tensors, **options, backend="triton")
-
-    return Call(run=run, tensors=tensors, differentiable=differentiable)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _whole_blocks(cache: Tensor, layout: KVLayout, block_size: int) -> Tensor:
@@ -114,7 +79,7 @@ def _angles(t: int, d_rope: int) -> dict[str, Tensor]:
 
 def _sparse_decode(seed: int, *, deterministic: bool = False) -> Call:
     """Rows so few are split over programs; deterministic ones by their length alone."""
-    _seed(seed)
+    set_seed(seed)
     extra_topk = 1500 if deterministic else 256  # with the others more keys than a fixed split has
     shape = sparse_decode_cases.Shape(
         layout=LAYOUT, b=3, h=HEADS, topk=128 if BIG else 20, block_size=BLOCK_SIZE,
@@ -124,7 +89,7 @@ def _sparse_decode(seed: int, *, deterministic: bool = False) -> Call:
     for prefix in ("", "extra_"):
         cache, block_size = arguments[f"{prefix}kv_cache"], arguments[f"{prefix}block_size"]
         arguments[f"{prefix}kv_cache"] = _whole_blocks(cache, LAYOUT, block_size)
-    return _call(sparse_decode, arguments | {"deterministic": deterministic})
+    return call_of(sparse_decode, arguments | {"deterministic": deterministic})
 
 
 def _paged_decode(seed: int) -> Call:
@@ -134,18 +99,18 @@ def _paged_decode(seed: int) -> Call:
     case = paged_decode_cases.random_case(shape, [500, 40], [2, 2], seed)
     arguments = case.arguments(DEVICE)
     arguments["cache_seqlens"].copy_(torch.tensor([[500, 40], [3, 0], [257, 39]][seed]))
-    return _call(paged_decode, arguments)
+    return call_of(paged_decode, arguments)
 
 
 def _sparse_prefill_arguments(seed: int) -> dict[str, Any]:
-    _seed(seed)
+    set_seed(seed)
     sizes = {"t": 9, "h": HEADS, "s": 300, "topk": 100, "d": 512, "value_dim": 512}
     return sparse_prefill_cases.make_arguments(sparse_prefill_cases.Shape(**(sizes if BIG else {})))
 
 
 def _sparse_prefill(seed: int) -> Call:
     arguments = _sparse_prefill_arguments(seed) | {"deterministic": True}
-    return _call(sparse_prefill, arguments, "q", "kv", "attn_sink")
+    return call_of(sparse_prefill, arguments, "q", "kv", "attn_sink")
 
 
 def _sparse_prefill_backward(seed: int) -> Call:
@@ -176,7 +141,7 @@ def _mha_case(seed: int) -> tuple[mha_prefill_cases.Case, dict[str, Any]]:
 
 
 def _mha_prefill(seed: int) -> Call:
-    return _call(mha_prefill, _mha_case(seed)[1], "q", "k", "v")
+    return call_of(mha_prefill, _mha_case(seed)[1], "q", "k", "v")
 
 
 def _mha_prefill_backward(seed: int) -> Call:
@@ -194,7 +159,7 @@ def _mha_prefill_backward(seed: int) -> Call:
 
 
 def _lowrank_arguments(seed: int) -> dict[str, Any]:
-    _seed(seed)
+    set_seed(seed)
     sizes = {"max_seqlen": 3000, "r": 64, "topk": 64, "window": 16} if BIG else {}
     shape = lowrank_cases.Shape(
         layout=LAYOUT, query_lens=(1, 1, 1), h=HEADS, block_size=BLOCK_SIZE, has_sink=True, **sizes
@@ -205,28 +170,28 @@ def _lowrank_arguments(seed: int) -> dict[str, Any]:
 
 
 def _lowrank_attention(seed: int) -> Call:
-    return _call(lowrank_attention, _lowrank_arguments(seed))
+    return call_of(lowrank_attention, _lowrank_arguments(seed))
 
 
 def _lowrank_topk(seed: int) -> Call:
-    return _call(lowrank_topk, lowrank_cases.scan_arguments(_lowrank_arguments(seed)))
+    return call_of(lowrank_topk, lowrank_cases.scan_arguments(_lowrank_arguments(seed)))
 
 
 def _lowrank_remainder(seed: int) -> Call:
     scan = lowrank_cases.scan_arguments(_lowrank_arguments(seed))
     core, _ = lowrank_topk(**scan, backend="triton")
     rest = {name: x for name, x in scan.items() if name not in lowrank_cases.CHOICE}
-    return _call(lowrank_remainder, rest | {"core_indices": core, "rotary_value": True})
+    return call_of(lowrank_remainder, rest | {"core_indices": core, "rotary_value": True})
 
 
 def _lightning_topk(seed: int) -> Call:
-    _seed(seed)
+    set_seed(seed)
     sizes = (128, 3000, 64, 512) if BIG else (16, 40, 4, 9)
-    return _call(lightning_topk, make_call((1, 1, 1), HEADS, *sizes))
+    return call_of(lightning_topk, make_call((1, 1, 1), HEADS, *sizes))
 
 
 def _norm_rope_store(seed: int) -> Call:
-    _seed(seed)
+    set_seed(seed)
     options = {
         "layout": LAYOUT, "block_size": BLOCK_SIZE, "eps": 1e-6, "norm_width": LAYOUT.d,
         "backend": "triton",
@@ -244,15 +209,15 @@ def _norm_rope_store(seed: int) -> Call:
 
 
 def _quantize_and_store(seed: int) -> Call:
-    _seed(seed)
+    set_seed(seed)
     kv = torch.randn(5, LAYOUT.d).to(DEVICE)
     tensors = {"kv": kv, "kv_cache": _filled_cache(3), "slot_mapping": _slots(5, 3)}
-    return _call(quantize_and_store, tensors | {"layout": LAYOUT, "block_size": BLOCK_SIZE})
+    return call_of(quantize_and_store, tensors | {"layout": LAYOUT, "block_size": BLOCK_SIZE})
 
 
 def _gather(seed: int) -> Call:
     """All channels and the rotary ones alone."""
-    _seed(seed)
+    set_seed(seed)
     options = {"layout": LAYOUT, "block_size": BLOCK_SIZE, "backend": "triton"}
 
     def run(kv_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +228,7 @@ def _gather(seed: int) -> Call:
 
 
 def _gate_tensors(seed: int) -> dict[str, Tensor]:
-    _seed(seed)
+    set_seed(seed)
     out = torch.randn(5, HEADS, LAYOUT.d).to(DEVICE, DTYPE)
     return {"out": out, **_angles(5, LAYOUT.d_rope), "gate": torch.randn(5, HEADS).to(DEVICE)}
 
@@ -286,87 +251,6 @@ def _inverse_rope_gate_backward(seed: int) -> Call:
     )
 
 
-def _engram_gate_tensors(seed: int) -> dict[str, Tensor]:
-    _seed(seed)
-    n, d = (4, 4096) if BIG else (3, 40)
-    h, key, value = (torch.randn(5, *x, d).to(DEVICE, DTYPE) for x in ((n,), (n,), ()))
-    return {"h": h, "key": key, "value": value, "norm_weight": torch.rand(n, d).to(DEVICE) + 0.5}
-
-
-def _engram_gate(seed: int) -> Call:
-    arguments = _engram_gate_tensors(seed) | {"eps": 1e-6}
-    return _call(engram_gate, arguments, "h", "key", "value", "norm_weight")
-
-
-def _engram_gate_backward(seed: int) -> Call:
-    tensors = _engram_gate_tensors(seed)
-    out, gate, scores = torch.ops.model1.engram_gate(*tensors.values(), None, 1e-6, True, "triton")
-    grads = {"grad": torch.randn(out.shape).to(out), "d_gate": torch.randn(gate.shape).to(gate)}
-
-    def run(**tensors: Tensor) -> Any:
-        return torch.ops.model1.engram_gate_backward(*tensors.values(), True, "triton")
-
-    return Call(run=run, tensors=grads | tensors | {"gate": gate, "scores": scores})
-
-
-def _engram_gather(seed: int) -> Call:
-    """Rows of every kind, all of their tables: others are NaN, which nothing is equal to."""
-    _seed(seed)
-    stores = [quantize_rows(torch.randn(20, 256), kind) for kind in ("bf16", "fp8", "fp4")]
-    rows = torch.randint(20, (3, 7))
-    parts = [x for store in stores for x in (store.data, store.scale) if x is not None]
-    names = ("data_0", "data_1", "scale_1", "data_2", "scale_2")
-    tensors = dict(zip(names, (x.to(DEVICE) for x in parts), strict=True))
-
-    def run(rows: Tensor, **tables: Tensor) -> tuple[Tensor, ...]:
-        pairs = [(tables[f"data_{i}"], tables.get(f"scale_{i}")) for i in range(3)]
-        return tuple(
-            gather_rows(data, scale, rows.flatten(), dtype=DTYPE, backend="triton")
-            for data, scale in pairs
-        )
-
-    return Call(run=run, tensors={"rows": rows.to(DEVICE)} | tensors)
-
-
-def _engram_hash(seed: int) -> Call:
-    _seed(seed)
-    numbers = {
-        "ngram_token_ids": torch.randint(-1, 50, (9, 4)),
-        "compression_table": torch.randint(0, 40, (50,)),
-        "multipliers": torch.randint(1, 2**56, (4,)),
-        "table_sizes": torch.randint(100, 2**24, (24,)),
-        "table_offsets": torch.randint(0, 2**40, (24,)),
-    }
-    tensors = {name: x.to(DEVICE) for name, x in numbers.items()}
-    return _call(engram_hash, tensors | {"pad_token_id": 2})
-
-
-def _mhc_tensors(seed: int) -> dict[str, Tensor]:
-    _seed(seed)
-    t, n, c = 5, 4, 4096 if BIG else 64
-    tensors = {
-        "x": torch.randn(t, n, c).to(DTYPE), "phi": torch.randn(24, n * c) * (n * c) ** -0.5,
-        "scale": torch.rand(24), "bias": torch.randn(24), "y": torch.randn(t, c).to(DTYPE),
-        "post": torch.rand(t, n), "comb": torch.rand(t, n, n), "weight": torch.rand(c),
-    }  # fmt: skip
-    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
-
-
-def _written(**arguments: Any) -> tuple[Tensor, ...]:
-    out, weights = mhc_write_back_coefficients(**arguments)
-    return out, *weights
-
-
-def _mhc(function: Callable[..., Any], names: str, **options: Any) -> Callable[[int], Call]:
-    def build(seed: int) -> Call:
-        tensors = _mhc_tensors(seed)
-        tensors |= {"pre": tensors["post"]}
-        arguments = {name: tensors[name] for name in names.split()}
-        return _call(function, arguments | options, *names.split())
-
-    return build
-
-
 CALLS: dict[str, Callable[[int], Call]] = {
     "sparse_decode": _sparse_decode,
     "sparse_decode deterministic": lambda seed: _sparse_decode(seed, deterministic=True),
@@ -384,23 +268,10 @@ CALLS: dict[str, Callable[[int], Call]] = {
     "gather": _gather,
     "inverse_rope_gate": _inverse_rope_gate,
     "inverse_rope_gate_backward": _inverse_rope_gate_backward,
-    "engram_gate": _engram_gate,
-    "engram_gate_backward": _engram_gate_backward,
-    "engram_gather": _engram_gather,
-    "engram_hash": _engram_hash,
-    "mhc_coefficients": _mhc(
-        mhc_coefficients, "x phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
-    ),
-    "mhc_collapse": _mhc(mhc_collapse, "x pre"),
-    "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
     "fp8_linear": lambda seed: Call(**fp8_linear_call(seed)),
     "moe_route": lambda seed: Call(**moe_route_call(seed)),
     "moe_experts": lambda seed: Call(**moe_experts_call("triton")(seed)),
     "moe_experts auto": lambda seed: Call(**moe_experts_call("auto")(seed)),
-    "mhc_collapse_norm": _mhc(mhc_collapse_norm, "x pre weight", norm_eps=1e-6),
-    "mhc_write_back_coefficients": _mhc(
-        _written, "x y post comb phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
-    ),
 }  # fmt: skip
 
 
@@ -409,3 +280,4 @@ def _from_parts(build: Callable[[int], dict[str, Any]]) -> Callable[[int], Call]
 
 
 CALLS |= {name: _from_parts(build) for name, build in small_cases.PARTS.items()}
+CALLS |= MEMORY_CALLS | HOPPER_CALLS

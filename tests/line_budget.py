@@ -42,7 +42,8 @@ def file_limit(path: Path) -> int:
 def is_triton_file(path: Path) -> bool:
     """Whether the file is of Triton kernels or launches them: operators import it on first use."""
     text = path.read_text(encoding="utf-8")
-    kernels = re.findall(r"^from (model1\.ops\.\w+\.portable\w*) import", text, re.MULTILINE)
+    modules = r"model1\.ops\.(?:\w+\.(?:portable|hopper)\w*|hopper\.\w+)"
+    kernels = re.findall(rf"^from ({modules}) import", text, re.MULTILINE)
     files = [ROOT / (name.replace(".", "/") + ".py") for name in kernels]
     imports_it = re.search(r"^(?:import|from) triton\b", text, re.MULTILINE) is not None
     return imports_it or any(map(is_triton_file, files))

@@ -228,10 +228,12 @@ def drawn_shape(seed: int) -> Shape:
     )
 
 
-def drawn_case(shape: Shape, seed: int, *, longest: int) -> tuple[Case, bool]:
+def drawn_case(
+    shape: Shape, seed: int, *, longest: int, may_be_ragged: bool = True
+) -> tuple[Case, bool]:
     """A random call for a shape, and whether to ask for deterministic bits."""
     draw = Random(seed)
-    b, ragged = draw.randint(1, 6), draw.random() < 0.3
+    b, ragged = draw.randint(1, 6), draw.random() < 0.3 and may_be_ragged
     lengths = [0 if draw.random() < 0.1 else draw.randint(1, longest) for _ in range(b)]
     s_q = draw.randint(1, 4)
     q_lengths = [draw.randint(0, 4) if ragged else s_q for _ in range(b)]

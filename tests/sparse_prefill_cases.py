@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,8 @@ def plain(arguments: dict[str, Any], dout: Tensor) -> dict[str, Tensor]:
     """
     q, kv, index, value_dim = (arguments[n] for n in ("q", "kv", "topk_indices", "value_dim"))
     scale, sink = arguments["softmax_scale"], arguments["attn_sink"]
+    if index.shape[1] == 0:  # nothing has no maximum
+        index = index.new_full((len(q), 1), -1)
     is_valid = valid_entries(index, arguments["topk_length"], len(kv))
     keys = q.new_zeros(*index.shape, q.shape[2], dtype=torch.float32)
     keys[is_valid] = kv[index[is_valid].long()].float()
@@ -184,11 +187,13 @@ def gradients(arguments: dict[str, Any], dout: Tensor, **options: Any) -> dict[s
     return dict(zip(names, grads, strict=True))
 
 
-def assert_gradients_right(arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+def assert_gradients_right(
+    arguments: dict[str, Any], *, backend: str = "triton", **options: Any
+) -> dict[str, Tensor]:
     """The gradients of a call against double precision; rows that nobody named to the bit."""
     q, kv = arguments["q"], arguments["kv"]
     dout = torch.randn(*q.shape[:2], arguments["value_dim"]).to(q)
-    got = gradients(arguments, dout, backend="triton", **options)
+    got = gradients(arguments, dout, backend=backend, **options)
     want = gradients(in_double(arguments), dout, backend="ref")
     baseline = plain(arguments, dout)
     for name, grad in got.items():
@@ -204,17 +209,30 @@ def assert_gradients_right(arguments: dict[str, Any], **options: Any) -> dict[st
     return got
 
 
-def check_random_case(number: int, dims: list[tuple[int, int]], **choices: list[int]) -> None:
-    """Draw a call from its number, run it and compare; the message names the number."""
+def check_random_case(
+    number: int, dims: list[tuple[int, int]],
+    call: Callable[[dict[str, Any]], tuple[Tensor, Tensor, Tensor]] | None = None,
+    **choices: list[int],
+) -> None:  # fmt: skip
+    """Draw a call from its number, run it and compare; the message names the number.
+
+    call: what runs it, forward alone, if not the portable kernel; a sink comes with lengths then,
+    for each combination is a compilation.
+    """
     random.seed(number)
     torch.manual_seed(number)
     d, value_dim = random.choice(dims)
+    has_length, has_sink = random.random() < 0.5, random.random() < 0.5
     shape = Shape(
-        d=d, value_dim=value_dim, has_length=random.random() < 0.5, has_sink=random.random() < 0.5,
+        d=d, value_dim=value_dim, has_length=has_length,
+        has_sink=has_sink if call is None else has_length,
         **{name: random.choice(values) for name, values in choices.items()},
     )  # fmt: skip
     try:
         arguments = make_arguments(shape)
+        if call is not None:
+            assert_right(call(arguments), arguments)
+            return
         assert_right(sparse_prefill(**arguments, backend="triton"), arguments)
         if number % 2 or DEVICE == "cuda":  # interpreted, every gradient would take too long
             assert_gradients_right(arguments, deterministic=number % 4 == 3)

@@ -6,14 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from call_cases import CALLS, Call
+from call_cases import CALLS
+from call_cases_hopper import HOPPER_CALLS
+from calls import Call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
+from model1.ops.backend import hopper_refusal
+
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.triton]
-EVERY_CALL = pytest.mark.parametrize("name", CALLS)
+NOT_HERE = hopper_refusal(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+on_hopper = pytest.mark.skipif(NOT_HERE is not None, reason=f"the Hopper kernel {NOT_HERE}")
+EVERY_CALL = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=on_hopper) if name in HOPPER_CALLS else name for name in CALLS],
+)
 
 
 def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:

@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="needs Triton: `make test` installs it on L
 
 import triton
 
+from model1.ops.hopper.combine import _flash_fwd_mla_combine_kernel
+from model1.ops.hopper.launch import merge_sizes
 from model1.ops.hopper.schedule import Lists, Split, split_items, whole_items
 from model1.ops.launch import launch_options
-from model1.ops.sparse_decode.hopper_combine import _flash_fwd_mla_combine_kernel
 
 SINKS = (math.inf, -math.inf, 0.5, -3.0)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,9 +134,21 @@ def test_long_requests_first_even_out() -> None:
     assert max(loads) <= 1.1 * sum(loads) / len(loads)
 
 
+@pytest.mark.parametrize("has_many", [False, True])
 @pytest.mark.parametrize(("number", "h"), [(1, 3), (4, 65), (6, 3), (9, 2)])
-def test_parts_are_weighted_by_their_sums(number: int, h: int) -> None:
-    lists, num_programs = drawn(number)
+def test_parts_are_weighted_by_their_sums(number: int, h: int, has_many: bool) -> None:
+    check_merge(number, *drawn(number), h, has_many)
+
+
+@pytest.mark.parametrize("has_many", [False, True])
+def test_more_parts_of_a_row_than_a_step_takes(has_many: bool) -> None:
+    # 70 programs share two rows: 35 parts each, in steps of 8 or 32
+    lists = make_lists(2, 1, 9000, 0, has_length=False)
+    check_merge(0, lists, 70, 2, has_many)
+
+
+def check_merge(number: int, lists: Lists, num_programs: int, h: int, has_many: bool) -> None:
+    """Random partial results, merged in the kernel's way, against a sum in double precision."""
     plan = split_items(lists, num_programs, 0)
     device, groups = lists.device, -(-h // 64)
     torch.manual_seed(number)
@@ -146,9 +159,10 @@ def test_parts_are_weighted_by_their_sums(number: int, h: int) -> None:
     untouched = -7.0
     out = torch.full((lists.rows, h, 512), untouched, device=device)
     lse = torch.full((lists.rows, h), untouched, device=device)
-    _flash_fwd_mla_combine_kernel[(lists.rows * h,)](
+    sizes = merge_sizes(has_many)
+    _flash_fwd_mla_combine_kernel[(lists.rows * h * 512 // sizes["BLOCK_C"],)](
         out, lse, partial, log2_sum, sink, plan.bounds, plan.spans, 0, h, groups, num_programs,
-        math.inf, BLOCK_G=triton.next_power_of_2(num_programs), OVERLAPS=False,
+        math.inf, BLOCK_G=triton.next_power_of_2(num_programs), OVERLAPS=False, **sizes,
         **launch_options(4, 1),
     )  # fmt: skip
     slots: dict[int, list[int]] = {}

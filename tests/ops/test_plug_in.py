@@ -23,6 +23,7 @@ from backend_option import moving, operator_names, use_backend
 from example_site import EXAMPLE, installed_example
 from line_budget import ROOT
 from lowrank_cases import CHOICE, SCAN, Shape, make_arguments
+from plug_in_cases import mixed, mixed_in_a_row, random
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -39,8 +40,6 @@ from model1.ops.kv_write import norm_rope_store
 from model1.ops.lowrank_attention import lowrank_attention
 from model1.ops.lowrank_remainder import lowrank_remainder
 from model1.ops.mha_prefill import mha_prefill
-from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 from model1.ops.norm import add_rms_norm, rms_norm
 from model1.ops.rope import (
     Rotation,
@@ -80,10 +79,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("site")
     with installed_example(folder):
         yield folder
-
-
-def random(*shape: int, device: str) -> Tensor:
-    return torch.randn(*shape).to(device)
 
 
 def filled_cache(layout: KVLayout, device: str) -> tuple[Tensor, Tensor]:
@@ -201,19 +196,6 @@ def attended_in_part(backend: str, device: str) -> list[Tensor]:
     return results
 
 
-def mixed(backend: str, device: str) -> list[Tensor]:
-    """Hyper-connections of a sublayer, forward and backward."""
-    shapes = (5, 4, 24), (24, 96), (24,), (24,), (5, 24)
-    x, phi, scale, bias, y = (random(*s, device=device).requires_grad_() for s in shapes)
-    options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
-    weights = mhc_coefficients(x, phi, scale, bias, **options)
-    collapsed = mhc_collapse(x, weights.pre, backend=backend)
-    written = mhc_write_back(x, y, weights.post, weights.comb, backend=backend)
-    grads = [random(*result.shape, device=device) for result in (collapsed, written)]
-    leaves = [x, phi, scale, bias, y]
-    return [*weights, collapsed, written, *torch.autograd.grad([collapsed, written], leaves, grads)]
-
-
 def small_steps(backend: str, device: str) -> list[Tensor]:
     """Norm, rotation and activation, forward and backward."""
     x, y, both = (random(5, n, 8, device=device).requires_grad_() for n in (3, 3, 6))
@@ -243,19 +225,6 @@ SMALL = (
     "norm_rotate_tail_backward", "rms_norm", "rms_norm_backward", "rotate_tail", "swiglu",
     "swiglu_backward",
 )  # fmt: skip
-
-
-def mixed_in_a_row(backend: str, device: str) -> list[Tensor]:
-    """The fused ones of two sublayers in a row, forward and backward."""
-    shapes = (5, 4, 24), (24, 96), (24,), (24,), (5, 24), (5, 4), (5, 4, 4), (24,)
-    leaves = [random(*s, device=device).requires_grad_() for s in shapes]
-    x, phi, scale, bias, y, pre, comb, weight = leaves
-    u, x = mhc_collapse_norm(x, pre, weight, norm_eps=1e-6, backend=backend)
-    options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
-    out, weights = mhc_write_back_coefficients(x, y, pre, comb, phi, scale, bias, **options)
-    results = [u, out, *weights]
-    grads = [random(*result.shape, device=device) for result in results]
-    return [*results, *torch.autograd.grad(results, leaves, grads)]
 
 
 MHC = [f"mhc_{x}{y}" for x in ("coefficients", "collapse", "write_back") for y in ("", "_backward")]

@@ -20,14 +20,17 @@ from sparse_decode_cases import (
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
-from model1.ops import backend as backend_module
-from model1.ops.backend import GLUON_TRITON, hopper_refusal
+from model1.ops.backend import hopper_refusal
 from model1.ops.kv_cache import KVLayout, allocate_kv_cache
-from model1.ops.sparse_decode import SPARSE_DECODE, sparse_decode
-from model1.ops.sparse_decode.choice import choose_backend, hopper_call_refusal, hopper_wins
+from model1.ops.sparse_decode import sparse_decode
 
 MODEL1, V32 = KVLayout("model1_fp8", 448, 64), KVLayout("v32_fp8", 512, 64)
+BF16_512, BF16_576 = KVLayout("bf16", 448, 64), KVLayout("bf16", 512, 64)
 BOTH = pytest.mark.parametrize("layout", [MODEL1, V32], ids=["model1", "v32"])
+BF16 = pytest.mark.parametrize("layout", [BF16_512, BF16_576], ids=["bf16 512", "bf16 576"])
+EVERY = pytest.mark.parametrize(
+    "layout", [MODEL1, V32, BF16_512, BF16_576], ids=["model1", "v32", "bf16 512", "bf16 576"]
+)
 NOT_HERE = hopper_refusal(torch.device(DEVICE))
 on_hopper = [
     pytest.mark.gpu,
@@ -63,6 +66,28 @@ class TestOnHopper:
             extra_block_size=2, has_length=has_length, has_sink=True,
         )  # fmt: skip
         for extra_topk in (0, 600):
+            arguments = make_arguments(replace(shape, extra_topk=extra_topk))
+            assert_right(call(arguments), arguments)
+            assert_right(call(arguments, deterministic=True), arguments)
+
+    @pytest.mark.parametrize("first", range(4000, 4200, 20))
+    def test_random_calls_on_bf16_caches_are_right(self, first: int) -> None:
+        heads = [1, 3, 16, 63, 64, 65, 128, 130]
+        topks = [0, 1, 63, 64, 65, 129, 333, 577, 2047, 2048]
+        for number in range(first, first + 20):
+            check_random_case(number, [BF16_512, BF16_576], heads, topks, [1, 2, 5], call)
+
+    @pytest.mark.parametrize("b", [3, 66, 70, 300])
+    @pytest.mark.parametrize("has_length", [False, True])
+    @BF16
+    def test_every_schedule_is_right_on_bf16_caches(
+        self, layout: KVLayout, b: int, has_length: bool
+    ) -> None:
+        shape = Shape(
+            layout=layout, value_dim=512, b=b, h=64, topk=128, block_size=64, extra_block_size=2,
+            has_length=has_length, has_sink=True,
+        )  # fmt: skip
+        for extra_topk in (0, 70):
             arguments = make_arguments(replace(shape, extra_topk=extra_topk))
             assert_right(call(arguments), arguments)
             assert_right(call(arguments, deterministic=True), arguments)
@@ -144,6 +169,50 @@ class TestOnHopper:
         assert torch.equal(out, want)
         assert torch.equal(lse, want_lse)
 
+    @BF16
+    def test_a_nan_in_a_bf16_row_comes_out_in_its_row_only(self, layout: KVLayout) -> None:
+        arguments = make_arguments(
+            Shape(layout=layout, value_dim=512, b=2, s_q=2, h=3, topk=70, block_size=64)
+        )
+        want, want_lse = call(arguments)
+        slot = (set(range(64)) - set(arguments["topk_indices"].flatten().tolist())).pop()
+        arguments["topk_indices"][1, 0, 17] = slot
+        store(arguments["kv_cache"], torch.tensor([slot]), layout, 64)
+        end = (slot + 1) * layout.row_bytes
+        arguments["kv_cache"][0, end - 2 : end] = 0xFF
+        out, lse = call(arguments)
+        assert out[1, 0].isnan().all()
+        assert lse[1, 0].isnan().all()
+        out[1, 0], lse[1, 0] = want[1, 0], want_lse[1, 0]
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+    def test_bf16_slots_beyond_two_to_the_31_elements(self) -> None:
+        layout, size = BF16_576, BF16_576.block_bytes(2)
+        stride = -(-(2**32) // layout.row_bytes) * layout.row_bytes
+        memory = torch.empty(stride + size, dtype=torch.uint8, device=DEVICE)
+        arguments = make_arguments(
+            Shape(layout=layout, value_dim=512, b=1, h=64, topk=2, block_size=2)
+        )
+        arguments["kv_cache"] = cache = memory.as_strided((2, size), (stride, 1))
+        cache.fill_(0xFF)
+        arguments["topk_indices"][0, 0] = torch.tensor([3, 0])
+        store(cache, torch.tensor([0, 3]), layout, 2)
+        assert_right(call(arguments), arguments)
+        del arguments, cache, memory
+        torch.cuda.empty_cache()
+
+    @pytest.mark.parametrize("prefix", ["", "extra_"])
+    def test_a_cache_that_starts_between_pieces_is_refused(self, prefix: str) -> None:
+        arguments = make_arguments(
+            Shape(layout=BF16_576, value_dim=512, topk=70, block_size=4, extra_topk=5)
+        )
+        cache = arguments[f"{prefix}kv_cache"]
+        flat = cache.new_empty(len(cache) * cache.stride(0) + 2)
+        moved = flat.as_strided(cache.shape, cache.stride(), 2).copy_(cache)
+        with pytest.raises(BackendUnavailable, match="multiples of 16 bytes, got 2 bytes behind"):
+            call(arguments | {f"{prefix}kv_cache": moved})
+
     def test_slots_beyond_two_gibibytes(self) -> None:
         stride = -(-(3 << 30) // MODEL1.row_bytes) * MODEL1.row_bytes
         cache = allocate_kv_cache(2 * stride // MODEL1.block_stride_bytes(1), 1, MODEL1, DEVICE)
@@ -154,7 +223,7 @@ class TestOnHopper:
         store(cache, torch.tensor([0, 3]), MODEL1, 2)
         assert_right(call(arguments), arguments)
 
-    @BOTH
+    @EVERY
     def test_slots_outside_their_cache_do_not_count(self, layout: KVLayout) -> None:
         arguments = make_arguments(
             Shape(layout=layout, value_dim=512, b=2, topk=70, block_size=4, extra_topk=65)
@@ -168,8 +237,9 @@ class TestOnHopper:
             hostile[f"{prefix}topk_indices"] = torch.where(slots < 0, drawn, slots)
         assert_right(call(hostile), arguments)
 
-    def test_queries_of_any_strides(self) -> None:
-        arguments = make_arguments(Shape(layout=MODEL1, b=3, s_q=2, h=5, topk=90))
+    @pytest.mark.parametrize("layout", [MODEL1, BF16_576], ids=["model1", "bf16 576"])
+    def test_queries_of_any_strides(self, layout: KVLayout) -> None:
+        arguments = make_arguments(Shape(layout=layout, value_dim=512, b=3, s_q=2, h=5, topk=90))
         q = arguments["q"]
         padded = torch.nn.functional.pad(q, (1, 2))  # rows of 515 numbers: no tensor map has them
         for same in (q.transpose(0, 1).contiguous().transpose(0, 1), padded[..., 1:-2]):
@@ -177,7 +247,7 @@ class TestOnHopper:
         one = arguments | {"q": q[:1, :1].expand_as(q)}
         assert_right(call(one), one)
 
-    @BOTH
+    @EVERY
     def test_deterministic_rows_do_not_depend_on_their_batch_mates(self, layout: KVLayout) -> None:
         arguments = make_arguments(
             Shape(
@@ -195,10 +265,13 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("b", [2, 70])
     @pytest.mark.parametrize("has_length", [False, True])
+    @pytest.mark.parametrize("layout", [MODEL1, BF16_576], ids=["model1", "bf16 576"])
     def test_a_captured_call_follows_other_lists_and_lengths(
-        self, b: int, has_length: bool
+        self, layout: KVLayout, b: int, has_length: bool
     ) -> None:
-        shape = Shape(layout=MODEL1, b=b, s_q=2, h=64, topk=200, has_length=has_length)
+        shape = Shape(
+            layout=layout, value_dim=512, b=b, s_q=2, h=64, topk=200, has_length=has_length
+        )
         first, second = make_arguments(shape), make_arguments(shape)
         names = ["q", "kv_cache", "topk_indices"] + ["topk_length"] * has_length
         held = first | {n: first[n].clone() for n in names}
@@ -213,17 +286,6 @@ class TestOnHopper:
             assert_right(got, arguments)
 
 
-def test_what_the_kernel_does_not_take_is_refused_by_name() -> None:
-    assert hopper_call_refusal(MODEL1, torch.bfloat16, 512, 0.05) is None
-    assert hopper_call_refusal(V32, torch.bfloat16, 512, 0.05) is None
-    wide = KVLayout("model1_fp8", 512, 64)
-    assert "448 + 64" in str(hopper_call_refusal(wide, torch.bfloat16, 576, 1.0))
-    assert "bfloat16" in str(hopper_call_refusal(MODEL1, torch.float16, 512, 1.0))
-    assert "value_dim is 448" in str(hopper_call_refusal(MODEL1, torch.bfloat16, 448, 1.0))
-    for scale in (0.0, -0.05, float("nan")):
-        assert "above 0" in str(hopper_call_refusal(MODEL1, torch.bfloat16, 512, scale))
-
-
 def test_a_machine_that_is_no_hopper_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = make_arguments(Shape(layout=MODEL1), dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -231,70 +293,3 @@ def test_a_machine_that_is_no_hopper_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(BackendUnavailable, match=r"sparse_decode/hopper needs"):
         call(arguments)
     hopper_refusal.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("version", "is_supported"),
-    [
-        ("3.5.1", False),
-        ("3.6.0", True),
-        ("3.6.9+git1a2b", True),
-        ("3.60.0", False),
-        ("3.7.0", False),
-        ("4.6.0", False),
-    ],
-)
-def test_gluon_is_supported_in_triton_3_6(
-    version: str, is_supported: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert GLUON_TRITON == (3, 6)
-    monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backend_module, "_triton_version", lambda: version)
-    refusal = hopper_refusal.__wrapped__(torch.device("cuda"))
-    assert (refusal is None) == is_supported
-    if refusal is not None:
-        assert refusal == f"needs Triton 3.6, found {version}"
-
-
-@pytest.mark.parametrize(
-    ("layout", "rows", "h", "entries", "wins"),
-    [
-        (MODEL1, 128, 64, 640, True),
-        (MODEL1, 64, 128, 1152, True),
-        (MODEL1, 127, 64, 640, False),
-        (MODEL1, 512, 32, 640, False),
-        (MODEL1, 512, 96, 640, False),
-        (MODEL1, 512, 64, 639, False),
-        (MODEL1, 512, 64, 1153, False),
-        (V32, 64, 128, 1152, False),
-    ],
-)
-def test_it_wins_where_there_are_many_rows_and_heads(
-    layout: KVLayout, rows: int, h: int, entries: int, wins: bool
-) -> None:
-    assert hopper_wins(layout, rows, h, entries) == wins
-
-
-def test_auto_takes_it_where_it_wins_and_never_for_deterministic_rows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(type(SPARSE_DECODE), "resolve", lambda self, backend, device: "triton")
-    monkeypatch.setattr(type(SPARSE_DECODE), "offers_hopper", lambda self, device: True)
-    q = torch.empty(64, 2, 64, 512, dtype=torch.bfloat16)
-    slots = torch.empty(64, 2, 640, dtype=torch.int32)
-
-    def chosen(
-        backend: str = "auto", q: Tensor = q, *, scale: float = 1.0, deterministic: bool = False
-    ) -> str:
-        return choose_backend(
-            SPARSE_DECODE, backend, q, slots, None, MODEL1, 512, scale, deterministic
-        )
-
-    assert chosen() == "hopper"
-    assert chosen("triton") == "triton"
-    assert chosen(deterministic=True) == "triton"
-    assert chosen(q=q[:63]) == "triton"
-    assert chosen(scale=0.0) == "triton"
-    assert chosen(q=q.float()) == "triton"

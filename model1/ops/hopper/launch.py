@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from model1.errors import BackendUnavailable
 from model1.ops.compile_cases import CompileCase
 from model1.ops.hopper.attend import tile_layout
 from model1.ops.hopper.combine import _flash_fwd_mla_combine_kernel
@@ -48,6 +49,17 @@ def addressing(
 ) -> tuple[int, int, int, int, int]:
     """How a kernel finds a slot, `Scope.addressing`; the divisor's 32 bits are read with a sign."""
     return units, size, divisor - ((divisor >> 31) << 32), shift, last_slot
+
+
+def check_start(operator: str, cache: Tensor) -> None:
+    """Raise BackendUnavailable for a cache whose rows cannot be copied in pieces of 16 bytes.
+
+    Asked at the launch: a graph that is traced cannot know where a tensor starts.
+    """
+    start = cache.data_ptr() % ALIGNMENT_BYTES
+    if start:
+        rule = f"takes caches that start at multiples of {ALIGNMENT_BYTES} bytes"
+        raise BackendUnavailable(f"{operator}/hopper {rule}, got {start} bytes behind one")
 
 
 def partial_results(

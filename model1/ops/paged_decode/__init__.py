@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model1.ops.backend import Operator, calls_ref_directly
 from model1.ops.kv_cache import KVLayout
-from model1.ops.paged_decode.checks import check_cache_arguments, check_query
+from model1.ops.paged_decode.checks import check_paged_cache, check_query
 from model1.ops.paged_decode.choice import choose_backend
 
 PAGED_DECODE = Operator(
@@ -75,13 +75,10 @@ def paged_decode(
     shared memory 1024, in fp32 768).
     Source: the public FlashMLA interface; docs/kv_layout.md for the bytes.
     """
-    if is_checked:
-        size = block_size or kv_cache.shape[1]
-    else:
+    if not is_checked:
         check_query(q, cache_seqlens, cu_seqlens_q, max_seqlen_q, attn_sink)
-        size = check_cache_arguments(
-            q, kv_cache, block_table, cache_seqlens, layout, block_size, value_dim
-        )
+        check_paged_cache(q, kv_cache, block_table, cache_seqlens, layout, block_size, value_dim)
+    size = block_size or kv_cache.shape[1]
     name = choose_backend(
         PAGED_DECODE, backend, q, kv_cache, cu_seqlens_q, layout, value_dim, softmax_scale, causal,
         deterministic,

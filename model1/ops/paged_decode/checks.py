@@ -45,7 +45,7 @@ def check_query(
     _check_device("attn_sink", attn_sink, q)
 
 
-def check_cache_arguments(
+def check_paged_cache(
     q: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
@@ -53,10 +53,10 @@ def check_cache_arguments(
     layout: KVLayout | None,
     block_size: int | None,
     value_dim: int,
-) -> int:
-    """The cache and what points into it; returns the tokens per block."""
+) -> None:
+    """The cache and what points into it."""
     if layout is None:
-        block_size = _check_plain_cache(q, kv_cache, block_size)
+        _check_plain_cache(q, kv_cache, block_size)
     elif block_size is None:
         raise ValueError("layout needs block_size")
     else:
@@ -73,10 +73,9 @@ def check_cache_arguments(
     if block_table.shape[1] > 1 and block_table.stride(1) != 1:
         raise ValueError("block_table must be contiguous along its last axis")
     _check_device("block_table", block_table, q)
-    return block_size
 
 
-def _check_plain_cache(q: Tensor, kv_cache: Tensor, block_size: int | None) -> int:
+def _check_plain_cache(q: Tensor, kv_cache: Tensor, block_size: int | None) -> None:
     shape = list(kv_cache.shape)
     if len(shape) != 4 or 0 in shape or shape[3] != q.shape[-1]:
         raise ValueError(
@@ -92,7 +91,6 @@ def _check_plain_cache(q: Tensor, kv_cache: Tensor, block_size: int | None) -> i
         raise ValueError(f"h must be a multiple of hkv, got {q.shape[-2]} and {shape[2]}")
     if block_size not in (None, shape[1]):
         raise ValueError(f"block_size must be the cache's {shape[1]}, got {block_size}")
-    return shape[1]
 
 
 def _check_int32(name: str, tensor: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

@@ -42,10 +42,9 @@ def _cache_refusal(kv_cache: Tensor, layout: KVLayout | None, d: int) -> str | N
     elif layout.name != "bf16" and layout not in _FP8:
         got = f"{layout.name} {layout.d_nope} + {layout.d_rope}"
         return f"takes bf16, model1_fp8 448 + 64 or v32_fp8 512 + 64, got {got}"
-    # not data_ptr(): a graph is traced through here; memory itself is aligned
-    start, step = (
-        n * kv_cache.element_size() for n in (kv_cache.storage_offset(), kv_cache.stride(0))
-    )
+    # a graph that is traced cannot ask where a tensor starts; the launch asks again
+    offset = 0 if torch.compiler.is_compiling() else kv_cache.storage_offset()
+    start, step = (n * kv_cache.element_size() for n in (offset, kv_cache.stride(0)))
     if start % _UNIT_BYTES or step % _UNIT_BYTES:
         return f"takes blocks that start at multiples of 16 bytes, got {start % 16} + n * {step}"
     return None

@@ -23,6 +23,7 @@ from model1.ops.hopper.launch import (
     HEADS,
     SPILL_LIMIT_BYTES,
     addressing,
+    check_start,
     compile_case,
     launch_merge,
     partial_results,
@@ -64,39 +65,51 @@ def paged_decode_hopper(
     lse = torch.empty(b, s_q, h, dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, lse
-    heads = s_q * h
+    # the heads of all queries of a request are one query's
+    folded, folded_out = q.reshape(b, 1, s_q * h, d), out.view(b, 1, s_q * h, CHANNELS)
     sinks = attn_sink if attn_sink is None or s_q == 1 else attn_sink.repeat(s_q)
-    groups = -(-heads // HEADS)
-    num_programs = max(1, num_sms(q.device) // groups)
     lists = Lists(
         b=b, s_q=1, topk=block_table.shape[1] * block_size, extra_topk=0, length=cache_seqlens,
         extra_length=None, device=q.device,
     )  # fmt: skip
-    is_bf16 = layout is None or layout.name == "bf16"
-    folded = q.reshape(b, 1, heads, d)
     with torch.cuda.device_of(q):
-        if deterministic or b > _MAX_SPLIT_ROWS:
-            plan = whole_items(lists, num_programs)
-        else:
-            plan = split_items(lists, num_programs, 0)
-        items = plan.items if isinstance(plan, Split) else plan
-        partial, partial_lse = partial_results(plan, num_programs * groups, out, lse)
-        _flash_fwd_splitkv_mla_kernel[(num_programs * groups,)](
-            tensor_map(folded, 256), tensor_map(folded, 64) if d > CHANNELS else None,
-            tensor_map(out.view(b, 1, heads, CHANNELS), 256), lse, partial, partial_lse, sinks,
-            items, items.stride(0), block_table, block_table.stride(0),
-            *_cache(kv_cache, block_size), heads, groups, b, lists.topk, s_q - 1, h,
-            softmax_scale * math.log2(math.e), empty_lse, 0, IS_CAUSAL=causal and s_q > 1,
-            **(BF16 | BF16_OPTIONS if is_bf16 else FP8 | FP8_OPTIONS), **OVERLAP,
-        )  # fmt: skip
-        launch_merge(
-            plan, out, lse, partial, partial_lse, sinks, b, heads,
-            groups, num_programs, empty_lse,
+        _launch(
+            folded, _cache(kv_cache, block_size), block_table, lists, sinks, folded_out, lse,
+            softmax_scale * math.log2(math.e), empty_lse, deterministic, last_query=s_q - 1,
+            heads_of_query=h, is_causal=causal and s_q > 1,
+            is_bf16=layout is None or layout.name == "bf16",
         )  # fmt: skip
     return out, lse
 
 
+def _launch(
+    q: Tensor, cache: tuple[Tensor, int, int, int, int, int], block_table: Tensor, lists: Lists,
+    sinks: Tensor | None, out: Tensor, lse: Tensor, scale_log2: float, empty_lse: float,
+    deterministic: bool, *, last_query: int, heads_of_query: int, is_causal: bool, is_bf16: bool,
+) -> None:  # fmt: skip
+    b, _, heads, d = q.shape
+    groups = -(-heads // HEADS)
+    num_programs = max(1, num_sms(q.device) // groups)
+    if deterministic or b > _MAX_SPLIT_ROWS:
+        plan = whole_items(lists, num_programs)
+    else:
+        plan = split_items(lists, num_programs, 0)
+    items = plan.items if isinstance(plan, Split) else plan
+    partial, partial_lse = partial_results(plan, num_programs * groups, out, lse)
+    _flash_fwd_splitkv_mla_kernel[(num_programs * groups,)](
+        tensor_map(q, 256), tensor_map(q, 64) if d > CHANNELS else None, tensor_map(out, 256),
+        lse, partial, partial_lse, sinks, items, items.stride(0), block_table,
+        block_table.stride(0), *cache, heads, groups, b, lists.topk, last_query, heads_of_query,
+        scale_log2, empty_lse, 0, IS_CAUSAL=is_causal,
+        **(BF16 | BF16_OPTIONS if is_bf16 else FP8 | FP8_OPTIONS), **OVERLAP,
+    )  # fmt: skip
+    launch_merge(
+        plan, out, lse, partial, partial_lse, sinks, b, heads, groups, num_programs, empty_lse
+    )
+
+
 def _cache(kv_cache: Tensor, block_size: int) -> tuple[Tensor, int, int, int, int, int]:
+    check_start("paged_decode", kv_cache)
     cache = kv_cache.view(torch.uint8) if kv_cache.dtype != torch.uint8 else kv_cache
     units = cache.stride(0) // ALIGNMENT_BYTES
     last_slot = min(len(cache) * block_size - 1, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""Sparse decode over MODEL1 and V3.2 caches on Hopper: sizes, schedules and launches.
+"""Sparse decode over MODEL1, V3.2 and bf16 caches on Hopper: sizes, schedules and launches.
 
 The host decides from shapes alone and never waits: a CUDA graph of the launches may be replayed
 with other slots and lengths.
@@ -24,6 +24,7 @@ from model1.ops.hopper.launch import (
     OVERLAPS,
     SPILL_LIMIT_BYTES,
     addressing,
+    check_start,
     compile_case,
     launch_merge,
     merge_sizes,
@@ -74,8 +75,8 @@ def sparse_decode_hopper(
     empty_lse: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `model1.ops.sparse_decode.sparse_decode`; rows of MODEL1
-    (448 + 64 channels) and V3.2 (512 + 64), bf16 queries.
+    """See `model1.ops.sparse_decode.sparse_decode`; for calls that `choice` does not refuse, with
+    caches that start at multiples of 16 bytes.
 
     Where rows are split it takes scratch memory of 257 KiB per SM. Queries whose strides or start
     a tensor map cannot describe are copied first. deterministic: no row is split.
@@ -86,6 +87,8 @@ def sparse_decode_hopper(
     if b > 0:
         main = Scope(kv_cache, topk_indices, topk_length, block_size)
         extra = Scope(extra_kv_cache, extra_topk_indices, extra_topk_length, extra_block_size)
+        for cache in (kv_cache, kv_cache if extra_kv_cache is None else extra_kv_cache):
+            check_start("sparse_decode", cache)
         scale_log2 = softmax_scale * math.log2(math.e)
         with torch.cuda.device_of(q):
             _launch(

@@ -1,0 +1,39 @@
+"""Calls of hyper-connections for `test_plug_in`, on a backend and a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+
+
+def random(*shape: int, device: str) -> Tensor:
+    return torch.randn(*shape).to(device)
+
+
+def mixed(backend: str, device: str) -> list[Tensor]:
+    """Hyper-connections of a sublayer, forward and backward."""
+    shapes = (5, 4, 24), (24, 96), (24,), (24,), (5, 24)
+    x, phi, scale, bias, y = (random(*s, device=device).requires_grad_() for s in shapes)
+    options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
+    weights = mhc_coefficients(x, phi, scale, bias, **options)
+    collapsed = mhc_collapse(x, weights.pre, backend=backend)
+    written = mhc_write_back(x, y, weights.post, weights.comb, backend=backend)
+    grads = [random(*result.shape, device=device) for result in (collapsed, written)]
+    leaves = [x, phi, scale, bias, y]
+    return [*weights, collapsed, written, *torch.autograd.grad([collapsed, written], leaves, grads)]
+
+
+def mixed_in_a_row(backend: str, device: str) -> list[Tensor]:
+    """The fused ones of two sublayers in a row, forward and backward."""
+    shapes = (5, 4, 24), (24, 96), (24,), (24,), (5, 24), (5, 4), (5, 4, 4), (24,)
+    leaves = [random(*s, device=device).requires_grad_() for s in shapes]
+    x, phi, scale, bias, y, pre, comb, weight = leaves
+    u, x = mhc_collapse_norm(x, pre, weight, norm_eps=1e-6, backend=backend)
+    options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
+    out, weights = mhc_write_back_coefficients(x, y, pre, comb, phi, scale, bias, **options)
+    results = [u, out, *weights]
+    grads = [random(*result.shape, device=device) for result in results]
+    return [*results, *torch.autograd.grad(results, leaves, grads)]
