@@ -33,7 +33,7 @@ SHAPES = [  # documents' lengths, n, d, taps, dilation
     ((2, 2), 1, 600, 2, 1),
 ]
 if torch.cuda.is_available():
-    SHAPES += [((2000, 1, 700), 4, 4096, 4, 3), ((517,), 1, 7168, 4, 4), ((33, 90), 8, 640, 4, 2)]
+    SHAPES += [((300, 1, 160), 4, 4096, 4, 3), ((517,), 1, 7168, 4, 4), ((33, 90), 8, 640, 4, 2)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 

@@ -179,13 +179,13 @@ def test_strides_and_places_beyond_32_bits(has_norm: bool) -> None:
     angles = angles_of(3, 8)
     run, stride = call(angles, "triton", has_norm=has_norm), 2**30 + 16
     want = results(run, x, grad)
-    for apart in (
-        x.mT.contiguous().mT,
-        far(x, (stride, 24, 1)),
-        far(x, (24, 2 * stride, 1)),
-        torch.cat([x, x], dim=-1)[..., :24],
+    for lay_apart in (  # 4 GB each: one at a time
+        lambda: x.mT.contiguous().mT,
+        lambda: far(x, (stride, 24, 1)),
+        lambda: far(x, (24, 2 * stride, 1)),
+        lambda: torch.cat([x, x], dim=-1)[..., :24],
     ):
-        for got, expected in zip(results(run, apart, grad), want, strict=True):
+        for got, expected in zip(results(run, lay_apart(), grad), want, strict=True):
             assert torch.equal(got, expected)
     wide = torch.ones(1, 1, 1).to(grad).expand(3, 2, 24)
     for got, expected in zip(
