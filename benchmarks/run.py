@@ -7,7 +7,8 @@ First runs the operators' GPU tests and refuses to time anything while one fails
 each case, microseconds (median, min-max), GB/s, TFLOPS, and percent of the two ceilings measured in
 the same process (device copy, bf16 matrix product). The peer and a case's own rivals are timed on
 the same inputs in the same process; ratio = their time / ours, gap = how far the results differ,
-and one that cannot run shows why. With --graph one that waits for the device is timed without. `--record` appends the rows to benchmarks/results/<gpu>.jsonl.
+and one that cannot run shows why. With --graph one that waits for the device is timed without.
+`--record` appends the rows to benchmarks/results/<gpu>.jsonl.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         block_t = ROWS_BLOCK_T if kind == "rows" else GROUP
         constants = {
             "KIND": _KINDS[kind], "POWER_OF_TWO": power_of_two, "BLOCK_T": block_t,
-            "NATIVE": target.has_fp8, "ALIGNED": True, "stride_x_t": 4096, "stride_x_c": 1, "c": 4096,
+            "NATIVE": target.has_fp8, "ALIGNED": True,
+            "stride_x_t": 4096, "stride_x_c": 1, "c": 4096,
         }  # fmt: skip
         types = dict.fromkeys(_quantize_kernel.arg_names, "i32") | {
             "x_ptr": "*bf16", "codes_ptr": "*u8", "codes_t_ptr": "*u8", "scale_ptr": "*fp32",
