@@ -256,12 +256,9 @@ def engram_causal_conv_backward_triton(
     sums = _sum_sizes(sizes, config)
     num_chunks = _num_chunks(sizes) // n
     d_sum = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial, dots, mean, by_tap = (
-        torch.empty(shape, dtype=torch.float32, device=x.device)
-        for shape in (
-            (num_parts, num_taps, n * d), (num_chunks, num_taps, len(x), n), (len(x), n),
-            (num_taps, n * d),
-        )
+    partial, dots, mean, by_tap = _scratch(
+        x, (num_parts, num_taps, n * d), (num_chunks, num_taps, len(x), n), (len(x), n),
+        (num_taps, n * d),
     )  # fmt: skip
     positions, taps = positions.contiguous(), _scaled_taps(weight, norm_weight)
     mean_sizes = _mean_sizes(sizes)
@@ -285,6 +282,10 @@ def engram_causal_conv_backward_triton(
     d_weight = by_tap * norm_weight.float().reshape(-1, 1)
     d_norm_weight = (by_tap * weight.float()).sum(1).view(norm_weight.shape)
     return d_x, d_weight.to(weight.dtype), d_norm_weight.to(norm_weight.dtype)
+
+
+def _scratch(x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
 
 
 def _rows(x: Tensor) -> Tensor:
