@@ -15,6 +15,7 @@ from backend_option import use_backend
 
 # Filled with NaN (or the largest integer) when code under this prefix asks for unset memory.
 POISONED = "model1.ops"
+_KEPT_GPU_BYTES = 1 << 30
 BACKEND_LINE = pytest.StashKey[str]()
 
 
@@ -109,3 +110,6 @@ def torch_state() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(1)
+    # processes that share the tests share the GPU: none keeps what one large test has needed
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > _KEPT_GPU_BYTES:
+        torch.cuda.empty_cache()

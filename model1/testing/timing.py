@@ -39,8 +39,12 @@ def time_call(
     run: Callable[[], Any] = call
     if graph:
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
+        try:
+            with torch.cuda.graph(captured):
+                call()
+        except Exception:
+            _forget_capture()
+            raise
         run = captured.replay
         run()
     samples = []
@@ -53,6 +57,28 @@ def time_call(
         end.synchronize()
         samples.append(1e3 * begin.elapsed_time(end))
     return Timing(statistics.median(samples), min(samples), max(samples))
+
+
+def waits_for_device(call: Callable[[], Any]) -> bool:
+    """Whether the host of a call that has run before waits for the device: no graph captures it."""
+    call()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
+
+
+def _forget_capture() -> None:
+    """After a failed capture PyTorch takes random numbers to be captured still: a fresh state."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

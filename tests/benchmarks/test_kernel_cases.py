@@ -240,22 +240,25 @@ def test_a_rival_is_compared_or_says_why_not(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run, "time_call", lambda call, graph: call() and Timing(30.0, 29.0, 31.0))
     ones = (torch.ones(3),)
     ours, timing = (lambda: ones), Timing(20.0, 19.0, 21.0)
+    monkeypatch.setattr(run, "waits_for_device", lambda call: call is not ours)
 
     def refused() -> Any:
         raise ValueError("too wide\nand more")
 
     row = {
         "operator": "x", "case": "y", "us": dataclasses.asdict(timing), "tflops": 1.0,
-        "percent_of_matmul": 2.0, "gb_per_s": 3.0, "percent_of_copy": 4.0,
+        "percent_of_matmul": 2.0, "gb_per_s": 3.0, "percent_of_copy": 4.0, "graph": True,
         "rivals": {
-            "same": run.compare(lambda: ours, ours, timing, False),
-            "narrow": run.compare(refused, ours, timing, False),
+            "same": run.compare(lambda: ours, ours, timing, True),
+            "waits": run.compare(lambda: lambda: ones, ours, timing, True),
+            "narrow": run.compare(refused, ours, timing, True),
         },
     }  # fmt: skip
     assert row["rivals"]["same"]["ratio"] == 1.5
     lines = run.format_row(row).splitlines()
     assert lines[1:] == [
         "    same: 30.0 us (29.0-31.0), ratio 1.50, gap 0e+00",
+        "    waits: 30.0 us (29.0-31.0), ratio 1.50, gap 0e+00, no graph: it waits for the device",
         "    narrow: ValueError: too wide",
     ]
 

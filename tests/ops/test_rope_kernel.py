@@ -147,9 +147,16 @@ def test_tokens_and_heads_do_not_depend_on_each_other(has_norm: bool) -> None:
     got = results(call(other, "triton", has_norm=has_norm), x[order], grad[order])
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b[order])
+    few = Rotation(*(a[1:3] for a in angles))
+    got = results(call(few, "triton", has_norm=has_norm), x[1:3], grad[1:3])
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b[1:3])
+    # of fewer heads the tile is another one, and with it the order of the norm's sums
     got = results(call(angles, "triton", has_norm=has_norm), x[:, 2:], grad[:, 2:])
     for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b[:, 2:])
+        torch.testing.assert_close(
+            a, b[:, 2:], rtol=1e-5 if has_norm else 0.0, atol=1e-6 * has_norm
+        )
     x[3, 1, 39] = math.nan
     bad = call(angles, "triton", has_norm=has_norm)(x)
     wrong = bad.isnan().any(-1)
@@ -172,13 +179,13 @@ def test_strides_and_places_beyond_32_bits(has_norm: bool) -> None:
     angles = angles_of(3, 8)
     run, stride = call(angles, "triton", has_norm=has_norm), 2**30 + 16
     want = results(run, x, grad)
-    for apart in (
-        x.mT.contiguous().mT,
-        far(x, (stride, 24, 1)),
-        far(x, (24, 2 * stride, 1)),
-        torch.cat([x, x], dim=-1)[..., :24],
+    for lay_apart in (  # 4 GB each: one at a time
+        lambda: x.mT.contiguous().mT,
+        lambda: far(x, (stride, 24, 1)),
+        lambda: far(x, (24, 2 * stride, 1)),
+        lambda: torch.cat([x, x], dim=-1)[..., :24],
     ):
-        for got, expected in zip(results(run, apart, grad), want, strict=True):
+        for got, expected in zip(results(run, lay_apart(), grad), want, strict=True):
             assert torch.equal(got, expected)
     wide = torch.ones(1, 1, 1).to(grad).expand(3, 2, 24)
     for got, expected in zip(

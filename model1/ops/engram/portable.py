@@ -5,8 +5,9 @@ channels at the end. The gradient takes two passes, as everything of h and key w
 over out's gradient: the first reads that and value and leaves three numbers per token and stream,
 the second reads h and key once, and adds up the weight's gradient over a block of tokens.
 """
-# Kernel parameters are pointers and run-time numbers, which have no Python type.
-# pyright: reportMissingParameterType=none
+# Kernel parameters are pointers and run-time numbers, which have no Python type; loops over
+# tl.static_range exist only while a kernel is compiled.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ _SCORE_MIN = tl.constexpr(GATE_SCORE_MIN)
 class Config:
     """How the work is cut. Not yet measured. Results do not depend on the number of tokens."""
 
-    score_elements: int = 2048  # of the tile of streams and channels that the score is summed in
+    forward_tokens: int = 2  # of a program, which reads the weights once for all of them
+    score_elements: int = 1024  # of the tile of streams and channels that the score is summed in
     # 4 warps of 256: a thread then has the same ones of all rows, and one of them alone is laid
     # out like the others
     channels: int = 1024
@@ -67,49 +69,54 @@ def _engram_gate_fwd_kernel(
     weight_ptr, live_ptr, out_ptr, gate_ptr, scores_ptr, num_tokens, eps,
     N: tl.constexpr, D: tl.constexpr, HAS_LIVE: tl.constexpr, SIGNED_SQRT: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, UNROLL: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     IS_FULL: tl.constexpr = N == BLOCK_N and D % BLOCK_D == 0
     IS_FULL_OUT: tl.constexpr = N == BLOCK_N and D % BLOCK_OUT == 0
     ROOT: tl.constexpr = D**0.5
-    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
     stream = tl.arange(0, BLOCK_N).to(tl.int64)
     row, offs_d = stream[:, None], tl.arange(0, BLOCK_D)[None]
-    h_row = h_ptr + token * stride_h_t + row * stride_h_n
-    key_row = key_ptr + token * stride_key_t + row * stride_key_n
-    hh = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    kk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    hk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    h_row, key_row = h_ptr + row * stride_h_n, key_ptr + row * stride_key_n
+    sums = ()
+    for _ in tl.static_range(3 * TOKENS):
+        sums += (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
     for start in tl.range(0, D, BLOCK_D, loop_unroll_factor=UNROLL):
         channel = start + offs_d
         mask = (row < N) & (channel < D)
-        h = _load(h_row + channel, mask, IS_FULL, "evict_first")
-        key = _load(key_row + channel, mask, IS_FULL, "evict_first")
         # every program reads the weights: they stay near, what passes through once does not
         weight = _load(weight_ptr + row * D + channel, mask, IS_FULL, "evict_last")
-        hh += h * h
-        kk += key * key
-        hk += h * weight * key
-    # 1 / rms = sqrt(d) / norm for each side; with the score's 1 / sqrt(d), sqrt(d) remains
-    query_scale = tl.rsqrt(tl.sum(hh, axis=1) + eps * D)
-    key_scale = tl.rsqrt(tl.sum(kk, axis=1) + eps * D)
-    score = tl.sum(hk, axis=1) * query_scale * key_scale * ROOT
-    gate = 1.0 / (1.0 + tl.exp(-_signed_root(score, SIGNED_SQRT)))
-    if HAS_LIVE:
-        gate *= tl.load(live_ptr + token).to(tl.float32)
-    at = token * N + stream
+        new = ()
+        for i in tl.static_range(TOKENS):
+            # behind the last token it is read, and its results written, once more
+            token = tl.minimum(first + i, num_tokens - 1)
+            h = _load(h_row + token * stride_h_t + channel, mask, IS_FULL, "evict_first")
+            key = _load(key_row + token * stride_key_t + channel, mask, IS_FULL, "evict_first")
+            new += (sums[3 * i] + h * h, sums[3 * i + 1] + key * key)
+            new += (sums[3 * i + 2] + h * weight * key,)
+        sums = new
     plane = num_tokens.to(tl.int64) * N
-    tl.store(gate_ptr + at, gate, mask=stream < N)
-    tl.store(scores_ptr + at, score, mask=stream < N)
-    tl.store(scores_ptr + plane + at, query_scale, mask=stream < N)
-    tl.store(scores_ptr + 2 * plane + at, key_scale, mask=stream < N)
-    for start in tl.range(0, D, BLOCK_OUT, loop_unroll_factor=UNROLL):
-        channel = start + tl.arange(0, BLOCK_OUT)[None]
-        value_at = value_ptr + token * stride_value_t + channel
-        value = _load(value_at, channel < D, D % BLOCK_OUT == 0, "evict_first")
-        mask = (row < N) & (channel < D)
-        out_at = out_ptr + (token * N + row) * D + channel
-        _store(out_at, gate[:, None] * value, mask, IS_FULL_OUT, INTERPRETED)
+    for i in tl.static_range(TOKENS):
+        token = tl.minimum(first + i, num_tokens - 1)
+        # 1 / rms = sqrt(d) / norm for each side; with the score's 1 / sqrt(d), sqrt(d) remains
+        query_scale = tl.rsqrt(tl.sum(sums[3 * i], axis=1) + eps * D)
+        key_scale = tl.rsqrt(tl.sum(sums[3 * i + 1], axis=1) + eps * D)
+        score = tl.sum(sums[3 * i + 2], axis=1) * query_scale * key_scale * ROOT
+        gate = 1.0 / (1.0 + tl.exp(-_signed_root(score, SIGNED_SQRT)))
+        if HAS_LIVE:
+            gate *= tl.load(live_ptr + token).to(tl.float32)
+        at = token * N + stream
+        tl.store(gate_ptr + at, gate, mask=stream < N)
+        tl.store(scores_ptr + at, score, mask=stream < N)
+        tl.store(scores_ptr + plane + at, query_scale, mask=stream < N)
+        tl.store(scores_ptr + 2 * plane + at, key_scale, mask=stream < N)
+        for start in tl.range(0, D, BLOCK_OUT, loop_unroll_factor=UNROLL):
+            channel = start + tl.arange(0, BLOCK_OUT)[None]
+            value_at = value_ptr + token * stride_value_t + channel
+            value = _load(value_at, channel < D, D % BLOCK_OUT == 0, "evict_first")
+            mask = (row < N) & (channel < D)
+            out_at = out_ptr + (token * N + row) * D + channel
+            _store(out_at, gate[:, None] * value, mask, IS_FULL_OUT, INTERPRETED)
 
 
 @triton.jit
@@ -222,7 +229,7 @@ def engram_gate_triton(
     config, (h, key, value) = config or Config(), map(_rows, (h, key, value))
     kernel: Any = _engram_gate_fwd_kernel
     with torch.cuda.device_of(h):
-        kernel[(t,)](
+        kernel[(-(-t // config.forward_tokens),)](
             h, *h.stride()[:2], key, *key.stride()[:2], value, value.stride(0),
             norm_weight.contiguous(), h if live is None else live.contiguous(), out, gate, scores,
             t, eps, HAS_LIVE=live is not None, SIGNED_SQRT=signed_sqrt,
@@ -274,7 +281,7 @@ def _forward_sizes(n: int, d: int, config: Config) -> dict[str, Any]:
     block_n, whole = triton.next_power_of_2(n), triton.next_power_of_2(d)
     blocks = {"BLOCK_D": min(whole, max(64, config.score_elements // block_n))}
     blocks |= {"BLOCK_N": block_n, "BLOCK_OUT": min(whole, config.channels)}
-    return {"N": n, "D": d, **blocks, "UNROLL": config.unroll}
+    return {"N": n, "D": d, **blocks, "UNROLL": config.unroll, "TOKENS": config.forward_tokens}
 
 
 def _backward_sizes(n: int, d: int, config: Config) -> tuple[dict[str, Any], ...]:

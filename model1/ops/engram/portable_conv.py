@@ -2,7 +2,8 @@
 
 A first pass leaves one number per token and stream, the inverse rms. Then a program has a tile of
 tokens and channels and reads it once for each tap; what neighbours have read is in a cache. The
-gradient goes to the sum under the SiLU first, then from all taps back to a token's channels.
+gradient goes to the sum under the SiLU first, then from all taps back to a token's channels. What
+the norm's gradient needs of a whole row is added up on the way, tap by tap: no row is read twice.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type; loops over
 # tl.static_range exist only while a kernel is compiled.
@@ -29,12 +30,14 @@ from model1.ops.rounding import round_to
 class Config:
     """How the work is cut. Not yet measured. Results do not depend on the number of tokens."""
 
-    tokens: int = 8  # of a tile
+    tokens: int = 32  # of a tile; the more, the fewer rows are read for taps alone
     channels: int = 128
+    sum_tokens: int = 8  # of a step of the first pass backward, which keeps more numbers
     tokens_per_sum: int = 64  # whose weight gradients one program adds up
     row_tokens: int = 4  # of a program that sums over all channels
-    row_channels: int = 256
-    num_warps: int = 4
+    row_channels: int = 512
+    num_warps: int = 8
+    sum_warps: int = 4
 
 
 @triton.jit
@@ -61,29 +64,30 @@ def _engram_conv_rstd_kernel(
 
 @triton.jit
 def _taps(
-    x_ptr, stride_x, rstd_ptr, position, token, stream, channel, is_here,
-    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
+    x_ptr, stride_x, rstd_ptr, position, token, stream, channel,
+    D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
 ):  # fmt: skip
-    """The normalised tile that each tap sees, oldest first."""
+    """The normalised tile that each tap sees, oldest first; position, token: of its rows.
+
+    They are vectors, so that a thread loads the numbers of its rows once and not per channel.
+    """
     seen = ()
     for tap in tl.static_range(K):
         back = (K - 1 - tap) * DILATION
         source = token - back
-        is_inside = is_here & (position >= back) & (source >= 0)
-        x = _load(x_ptr + source * stride_x + stream * D + channel, is_inside)
-        rstd = _load(rstd_ptr + source * N + stream, (position >= back) & (source >= 0))
-        seen += (x * rstd,)
+        is_inside = (position >= back) & (source >= 0)
+        rstd = _load(rstd_ptr + source * N + stream, is_inside)
+        x_at = x_ptr + source[:, None] * stride_x + stream * D + channel
+        seen += (_load(x_at, is_inside[:, None] & (channel < D)) * rstd[:, None],)
     return seen
 
 
 @triton.jit
-def _weights(weight_ptr, norm_weight_ptr, stream, channel, D: tl.constexpr, K: tl.constexpr):
-    """Of every tap, the norm's weight included."""
-    at = stream * D + channel
-    scale = _load(norm_weight_ptr + at, channel < D)
+def _weights(taps_ptr, stream, channel, N: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
+    """Of every tap; see `_scaled_taps`."""
     weights = ()
     for tap in tl.static_range(K):
-        weights += (scale * _load(weight_ptr + at * K + tap, channel < D),)
+        weights += (_load(taps_ptr + (tap * N + stream) * D + channel, channel < D),)
     return weights
 
 
@@ -97,62 +101,85 @@ def _weighted_sum(seen, weights, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _engram_conv_fwd_kernel(
-    x_ptr, stride_x, rstd_ptr, positions_ptr, weight_ptr, norm_weight_ptr, out_ptr, num_tokens,
+    x_ptr, stride_x, rstd_ptr, positions_ptr, taps_ptr, out_ptr, num_tokens,
     N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     NUM_CHUNKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
-    token = (program // (NUM_CHUNKS * N)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    token = (program // (NUM_CHUNKS * N)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     stream = (program // NUM_CHUNKS % N).to(tl.int64)
     channel = program % NUM_CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None]
-    is_here = (token < num_tokens) & (channel < D)
+    is_here = (token < num_tokens)[:, None] & (channel < D)
     position = tl.load(positions_ptr + token, mask=token < num_tokens, other=-1)
-    weights = _weights(weight_ptr, norm_weight_ptr, stream, channel, D, K)
-    seen = _taps(
-        x_ptr, stride_x, rstd_ptr, position, token, stream, channel, is_here, N, D, K, DILATION
-    )
+    weights = _weights(taps_ptr, stream, channel, N, D, K)
+    seen = _taps(x_ptr, stride_x, rstd_ptr, position, token, stream, channel, D, N, K, DILATION)
     total = _weighted_sum(seen, weights, K)
     out = round_to(total / (1.0 + tl.exp(-total)), out_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(out_ptr + (token * N + stream) * D + channel, out, mask=is_here)
+    tl.store(out_ptr + (token[:, None] * N + stream) * D + channel, out, mask=is_here)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _engram_conv_sum_bwd_kernel(
-    grad_ptr, x_ptr, stride_x, rstd_ptr, positions_ptr, weight_ptr, norm_weight_ptr,
-    d_sum_ptr, partial_ptr, num_tokens,
+    grad_ptr, x_ptr, stride_x, rstd_ptr, positions_ptr, taps_ptr,
+    d_sum_ptr, partial_ptr, dots_ptr, num_tokens,
     N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
     INTERPRETED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    # d_sum, the sums over tokens of d_sum y for each tap, and the dots over these channels of
+    # d_sum y weight for each tap and token
     NUM_CHUNKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
+    chunk, plane = program % NUM_CHUNKS, num_tokens.to(tl.int64) * N
     part = (program // (NUM_CHUNKS * N)).to(tl.int64)
     stream = (program // NUM_CHUNKS % N).to(tl.int64)
     channel = program % NUM_CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None]
-    weights = _weights(weight_ptr, norm_weight_ptr, stream, channel, D, K)
+    weights = _weights(taps_ptr, stream, channel, N, D, K)
     sums = ()
     for _ in tl.static_range(K):
-        sums += (tl.zeros((1, BLOCK_C), tl.float32),)
+        sums += (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
     for start in range(0, TOKENS, BLOCK_T):
-        token = part * TOKENS + start + tl.arange(0, BLOCK_T)[:, None]
-        is_here = (token < num_tokens) & (channel < D)
+        token = part * TOKENS + start + tl.arange(0, BLOCK_T)
+        is_here = (token < num_tokens)[:, None] & (channel < D)
         position = tl.load(positions_ptr + token, mask=token < num_tokens, other=-1)
-        seen = _taps(
-            x_ptr, stride_x, rstd_ptr, position, token, stream, channel, is_here, N, D, K, DILATION
-        )
+        seen = _taps(x_ptr, stride_x, rstd_ptr, position, token, stream, channel, D, N, K, DILATION)
         total = _weighted_sum(seen, weights, K)
-        at = (token * N + stream) * D + channel
+        at = (token[:, None] * N + stream) * D + channel
         sigmoid = 1.0 / (1.0 + tl.exp(-total))
         d_sum = _load(grad_ptr + at, is_here) * sigmoid * (1.0 + total * (1.0 - sigmoid))
         rounded = round_to(d_sum, d_sum_ptr.dtype.element_ty, INTERPRETED)
         tl.store(d_sum_ptr + at, rounded, mask=is_here)
         new = ()
         for tap in tl.static_range(K):
-            new += (sums[tap] + tl.sum(d_sum * seen[tap], axis=0)[None],)
+            product = d_sum * seen[tap]
+            new += (sums[tap] + product,)
+            dot = tl.sum(product * weights[tap], axis=1)
+            dot_at = dots_ptr + (chunk * K + tap) * plane + token * N + stream
+            tl.store(dot_at, dot, mask=token < num_tokens)
         sums = new
     for tap in tl.static_range(K):
         row = partial_ptr + ((part * K + tap) * N + stream) * D
-        tl.store(row + channel, sums[tap], mask=channel < D)
+        tl.store(row + channel, tl.sum(sums[tap], axis=0)[None], mask=channel < D)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _engram_conv_mean_bwd_kernel(
+    dots_ptr, positions_ptr, mean_ptr, num_tokens,
+    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    # mean(v y) of every token and stream: the dots of the tokens whose taps see it
+    plane = num_tokens.to(tl.int64) * N
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None]
+    chunk = tl.arange(0, BLOCK_CHUNKS)[:, None]
+    total = tl.zeros((BLOCK_CHUNKS, BLOCK), tl.float32)
+    for tap in tl.static_range(K):
+        back = (K - 1 - tap) * DILATION
+        later = at + back * N
+        position = tl.load(positions_ptr + later // N, mask=later < plane, other=-1)
+        mask = (chunk < NUM_CHUNKS) & (position >= back)
+        total += _load(dots_ptr + (chunk * K + tap) * plane + later, mask)
+    tl.store(mean_ptr + at, tl.sum(total, axis=0)[None] / D, mask=at < plane)
 
 
 @triton.jit
@@ -166,43 +193,33 @@ def _back_from_taps(
         back = (K - 1 - tap) * DILATION
         later = token + back
         position = tl.load(positions_ptr + later, mask=later < num_tokens, other=-1)
-        at = d_sum_ptr + (later * N + stream) * D + channel
-        total += _load(at, (position >= back) & (channel < D)) * weights[tap]
+        at = d_sum_ptr + (later[:, None] * N + stream) * D + channel
+        total += _load(at, (position >= back)[:, None] & (channel < D)) * weights[tap]
     return total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _engram_conv_row_bwd_kernel(
-    d_sum_ptr, x_ptr, stride_x, rstd_ptr, positions_ptr, weight_ptr, norm_weight_ptr, d_x_ptr,
-    num_tokens,
+    d_sum_ptr, x_ptr, stride_x, rstd_ptr, mean_ptr, positions_ptr, taps_ptr, d_x_ptr, num_tokens,
     N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # v = what comes from the taps, y = x / rms:  d_x = (v - y mean(v y)) / rms
-    token = (tl.program_id(0) // N).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    stream = (tl.program_id(0) % N).to(tl.int64)
-    is_token = token < num_tokens
-    rstd = _load(rstd_ptr + token * N + stream, is_token)
-    products = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for start in range(0, D, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)[None]
-        weights = _weights(weight_ptr, norm_weight_ptr, stream, channel, D, K)
-        v = _back_from_taps(
-            d_sum_ptr, positions_ptr, token, stream, channel, weights, num_tokens, N, D, K, DILATION
-        )
-        x_at = x_ptr + token * stride_x + stream * D + channel
-        products += v * _load(x_at, is_token & (channel < D)) * rstd
-    mean = tl.sum(products, axis=1)[:, None] / D
-    for start in range(0, D, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)[None]
-        is_here = is_token & (channel < D)
-        weights = _weights(weight_ptr, norm_weight_ptr, stream, channel, D, K)
-        v = _back_from_taps(
-            d_sum_ptr, positions_ptr, token, stream, channel, weights, num_tokens, N, D, K, DILATION
-        )
-        y = _load(x_ptr + token * stride_x + stream * D + channel, is_here) * rstd
-        d_x = round_to((v - y * mean) * rstd, d_x_ptr.dtype.element_ty, INTERPRETED)
-        tl.store(d_x_ptr + (token * N + stream) * D + channel, d_x, mask=is_here)
+    NUM_CHUNKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    token = (program // (NUM_CHUNKS * N)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    stream = (program // NUM_CHUNKS % N).to(tl.int64)
+    channel = program % NUM_CHUNKS * BLOCK_C + tl.arange(0, BLOCK_C)[None]
+    is_here = (token < num_tokens)[:, None] & (channel < D)
+    rstd = _load(rstd_ptr + token * N + stream, token < num_tokens)[:, None]
+    mean = _load(mean_ptr + token * N + stream, token < num_tokens)[:, None]
+    weights = _weights(taps_ptr, stream, channel, N, D, K)
+    v = _back_from_taps(
+        d_sum_ptr, positions_ptr, token, stream, channel, weights, num_tokens, N, D, K, DILATION
+    )
+    y = _load(x_ptr + token[:, None] * stride_x + stream * D + channel, is_here) * rstd
+    d_x = round_to((v - y * mean) * rstd, d_x_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(d_x_ptr + (token[:, None] * N + stream) * D + channel, d_x, mask=is_here)
 
 
 def engram_causal_conv_triton(
@@ -219,8 +236,8 @@ def engram_causal_conv_triton(
     with torch.cuda.device_of(x):
         rstd = _inverse_rms(x, norm_weight, eps, config)
         kernel[(-(-len(x) // config.tokens) * _num_chunks(sizes),)](
-            x, x.stride(0), rstd, positions.contiguous(), weight.contiguous(),
-            norm_weight.contiguous(), out, len(x), **sizes, **common,
+            x, x.stride(0), rstd, positions.contiguous(), _scaled_taps(weight, norm_weight), out,
+            len(x), **sizes, **common,
         )  # fmt: skip
     return out
 
@@ -235,24 +252,30 @@ def engram_causal_conv_backward_triton(
         return d_x, torch.zeros_like(weight), torch.zeros_like(norm_weight)
     config, x, num_taps = config or Config(), _rows(x), weight.shape[1]
     sizes, common = _sizes(norm_weight, weight, dilation, config)
-    num_parts = -(-len(x) // config.tokens_per_sum)
+    num_parts, (n, d) = -(-len(x) // config.tokens_per_sum), norm_weight.shape
+    sums = _sum_sizes(sizes, config)
+    num_chunks = _num_chunks(sizes) // n
     d_sum = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial = torch.empty(
-        (num_parts, num_taps, x.shape[1]), dtype=torch.float32, device=x.device
+    partial, dots, mean, by_tap = _scratch(
+        x, (num_parts, num_taps, n * d), (num_chunks, num_taps, len(x), n), (len(x), n),
+        (num_taps, n * d),
     )  # fmt: skip
-    by_tap = torch.empty(partial.shape[1:], dtype=torch.float32, device=x.device)
-    parameters = (positions.contiguous(), weight.contiguous(), norm_weight.contiguous())
-    rows = sizes | {"BLOCK_T": config.row_tokens}
-    rows["BLOCK_C"] = min(config.row_channels, triton.next_power_of_2(rows["D"]))
-    kernels: tuple[Any, ...] = (_engram_conv_sum_bwd_kernel, _engram_conv_row_bwd_kernel)
+    positions, taps = positions.contiguous(), _scaled_taps(weight, norm_weight)
+    mean_sizes = _mean_sizes(sizes)
     with torch.cuda.device_of(x):
         rstd = _inverse_rms(x, norm_weight, eps, config)
-        kernels[0][(num_parts * _num_chunks(sizes),)](
-            grad.contiguous(), x, x.stride(0), rstd, *parameters, d_sum, partial, len(x),
-            TOKENS=config.tokens_per_sum, **sizes, **common,
+        kernel: Any = _engram_conv_sum_bwd_kernel
+        kernel[(num_parts * n * num_chunks,)](
+            grad.contiguous(), x, x.stride(0), rstd, positions, taps, d_sum, partial, dots, len(x),
+            **sums, **common | launch_options(config.sum_warps, 1),
         )  # fmt: skip
-        kernels[1][(-(-len(x) // config.row_tokens) * rows["N"],)](
-            d_sum, x, x.stride(0), rstd, *parameters, d_x, len(x), **rows, **common
+        kernel = _engram_conv_mean_bwd_kernel
+        kernel[(-(-mean.numel() // mean_sizes["BLOCK"]),)](
+            dots, positions, mean, len(x), **mean_sizes, **launch_options(config.num_warps, 1)
+        )
+        kernel = _engram_conv_row_bwd_kernel
+        kernel[(-(-len(x) // config.tokens) * n * num_chunks,)](
+            d_sum, x, x.stride(0), rstd, mean, positions, taps, d_x, len(x), **sizes, **common
         )
         sum_parts(partial, by_tap)
     by_tap = by_tap.T.contiguous()
@@ -261,9 +284,19 @@ def engram_causal_conv_backward_triton(
     return d_x, d_weight.to(weight.dtype), d_norm_weight.to(norm_weight.dtype)
 
 
+def _scratch(x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
+
+
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring channels, a copy only where they are apart."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _scaled_taps(weight: Tensor, norm_weight: Tensor) -> Tensor:
+    """The taps [taps, n * d] fp32, the norm's weight included, with neighbouring channels."""
+    taps = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
+    return torch.mul(weight.T.float(), norm_weight.float().reshape(1, -1), out=taps)
 
 
 def _inverse_rms(x: Tensor, norm_weight: Tensor, eps: float, config: Config) -> Tensor:
@@ -294,6 +327,18 @@ def _sizes(
     return sizes, common
 
 
+def _sum_sizes(sizes: dict[str, Any], config: Config) -> dict[str, Any]:
+    step = min(config.sum_tokens, config.tokens_per_sum)
+    return sizes | {"BLOCK_T": step, "TOKENS": config.tokens_per_sum}
+
+
+def _mean_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+    chunks = -(-sizes["D"] // sizes["BLOCK_C"])
+    kept = {name: sizes[name] for name in ("N", "D", "K", "DILATION")}
+    block_chunks = triton.next_power_of_2(chunks)
+    return kept | {"NUM_CHUNKS": chunks, "BLOCK_CHUNKS": block_chunks, "BLOCK": 32}
+
+
 def _num_chunks(sizes: dict[str, Any]) -> int:
     return sizes["N"] * -(-sizes["D"] // sizes["BLOCK_C"])
 
@@ -303,16 +348,17 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     config, cases = Config(), []
     tiles = {"N": 4, "D": 4096, "K": 4, "DILATION": 3, "stride_x": 4 * 4096}
     tiles |= {"BLOCK_T": config.tokens, "BLOCK_C": config.channels, "INTERPRETED": False}
-    tiles |= {"TOKENS": config.tokens_per_sum}
-    rows = tiles | {"BLOCK_T": config.row_tokens, **_row_sizes(4, 4096, config)}
+    sums = _sum_sizes(tiles, config)
+    rows = tiles | _row_sizes(4, 4096, config)
     half = dict.fromkeys(("x_ptr", "out_ptr", "grad_ptr", "d_sum_ptr", "d_x_ptr"), "*bf16")
-    single = dict.fromkeys(("rstd_ptr", "weight_ptr", "norm_weight_ptr", "partial_ptr"), "*fp32")
+    single = dict.fromkeys(("rstd_ptr", "taps_ptr", "partial_ptr", "dots_ptr", "mean_ptr"), "*fp32")
     numbers = {"positions_ptr": "*i64", "num_tokens": "i32", "eps": "fp32"}
     for kernel, name, sizes in (
         (_engram_conv_rstd_kernel, "rms", rows),
         (_engram_conv_fwd_kernel, "forward", tiles),
-        (_engram_conv_sum_bwd_kernel, "backward, sum", tiles),
-        (_engram_conv_row_bwd_kernel, "backward, rows", rows),
+        (_engram_conv_sum_bwd_kernel, "backward, sum", sums),
+        (_engram_conv_mean_bwd_kernel, "backward, mean", _mean_sizes(tiles)),
+        (_engram_conv_row_bwd_kernel, "backward, rows", tiles),
     ):
         own = {x: value for x, value in sizes.items() if x in kernel.arg_names}
         cases.append(
@@ -321,7 +367,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
                 kernel=kernel,
                 signature=half | single | numbers | dict.fromkeys(own, "constexpr"),
                 constexprs=own,
-                num_warps=config.num_warps,
+                num_warps=config.sum_warps if sizes is sums else config.num_warps,
                 num_stages=1,
             )
         )

@@ -57,9 +57,12 @@ def codes_of(x, inverse, amax, NATIVE: tl.constexpr):
 def _quantize_kernel(
     x_ptr, stride_x_t, stride_x_c, codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr,
     t, rows, columns, c, stride_scale, stride_scale_t,
-    KIND: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr, BLOCK_T: tl.constexpr,
+    KIND: tl.constexpr, POWER_OF_TWO: tl.constexpr, NATIVE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     # rows, columns: of tokens that codes and codes_t have, t and what fills them up with zeros
+    if ALIGNED:  # a multiple of 16, which the compiler shall see: else it stores codes_t by bytes
+        columns = columns // 16 * 16
     GROUP: tl.constexpr = 128
     groups = (c + GROUP - 1) // GROUP
     group = tl.program_id(0) % groups
@@ -83,8 +86,12 @@ def _quantize_kernel(
     if KIND == 2:
         amax = tl.max(tl.max(size, axis=1), axis=0)
         scale, inverse = scale_and_inverse(amax, POWER_OF_TWO)
-        codes = codes_of(x, inverse, amax, NATIVE)
-        tl.store(store, codes, mask=is_stored)
+        tl.store(store, codes_of(x, inverse, amax, NATIVE), mask=is_stored)
+        # The same number once more, by another way, so that no conversion to 8 bits feeds both
+        # stores: ptxas 12.9 mixes up the bytes of those (Triton issue 11111).
+        amax_t = tl.max(tl.max(size, axis=0), axis=0)
+        _, inverse_t = scale_and_inverse(amax_t, POWER_OF_TWO)
+        codes = codes_of(x, inverse_t, amax_t, NATIVE)
         tl.store(store_t, tl.trans(codes), mask=is_stored_t)
         tl.store(scale_ptr + tile * stride_scale + group, scale)
         tl.store(scale_t_ptr + group * stride_scale_t + tile, scale)
@@ -125,7 +132,7 @@ def fp8_quantize_triton(
             codes_t.view(torch.uint8), scale_t, t, rows, columns, c,
             scale.stride(0), scale_t.stride(0),
             KIND=_KINDS[kind], POWER_OF_TWO=power_of_two, BLOCK_T=block_t,
-            NATIVE=_is_native(device_target(x.device)),
+            ALIGNED=columns % 16 == 0, NATIVE=_is_native(device_target(x.device)),
             **launch_options(_num_warps(kind), 1),
         )  # fmt: skip
     return results
@@ -164,7 +171,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         block_t = ROWS_BLOCK_T if kind == "rows" else GROUP
         constants = {
             "KIND": _KINDS[kind], "POWER_OF_TWO": power_of_two, "BLOCK_T": block_t,
-            "NATIVE": target.has_fp8, "stride_x_t": 4096, "stride_x_c": 1, "c": 4096,
+            "NATIVE": target.has_fp8, "ALIGNED": True,
+            "stride_x_t": 4096, "stride_x_c": 1, "c": 4096,
         }  # fmt: skip
         types = dict.fromkeys(_quantize_kernel.arg_names, "i32") | {
             "x_ptr": "*bf16", "codes_ptr": "*u8", "codes_t_ptr": "*u8", "scale_ptr": "*fp32",

@@ -75,8 +75,10 @@ def norm_rotate_tail(
 ) -> Tensor:
     """`rotate_tail` of x / sqrt(mean(x**2, last axis) + norm_eps), in one pass.
 
-    Kernels round once, at the end, the reference after the norm as well. Differentiable in x, with
-    kernels once. Backends, errors and the rest as in `rotate_tail`.
+    Kernels round once, at the end, the reference after the norm as well. A head of a kernel's
+    result depends on its own channels and angles, and in its last bits on how many heads a token
+    has and how they are aligned in memory: not on the tokens, nor on their number. Differentiable
+    in x, with kernels once. Backends, errors and the rest as in `rotate_tail`.
     """
     return _rotate(x, angles, inverse, norm_eps, backend)
 
