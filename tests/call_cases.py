@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import call_cases_loss
 import lowrank_cases
 import mha_prefill_cases
 import paged_decode_cases
@@ -408,4 +409,6 @@ def _from_parts(build: Callable[[int], dict[str, Any]]) -> Callable[[int], Call]
     return lambda seed: Call(**build(seed))
 
 
-CALLS |= {name: _from_parts(build) for name, build in small_cases.PARTS.items()}
+CALLS |= {
+    name: _from_parts(build) for name, build in (small_cases.PARTS | call_cases_loss.PARTS).items()
+}

@@ -98,7 +98,9 @@ def linear_cross_entropy_triton(
     n, vocab, device = len(hidden), len(weight), hidden.device
     targets, matrix = targets.contiguous(), _padded(weight, hidden.dtype)
     losses = torch.empty(n, dtype=torch.float32, device=device)
-    d_hidden = torch.empty(hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=device)
+    d_hidden = torch.empty(
+        hidden.shape if needs_hidden else (0,), dtype=hidden.dtype, device=device
+    )
     shape = matrix.shape if needs_weight else (0,)
     d_weight = torch.empty(shape, dtype=torch.float32, device=device)
     chunk = torch.empty(min(n, chunk_tokens), len(matrix), dtype=hidden.dtype, device=device)
