@@ -409,6 +409,5 @@ def _from_parts(build: Callable[[int], dict[str, Any]]) -> Callable[[int], Call]
     return lambda seed: Call(**build(seed))
 
 
-CALLS |= {
-    name: _from_parts(build) for name, build in (small_cases.PARTS | call_cases_loss.PARTS).items()
-}
+CALLS |= {name: _from_parts(build) for name, build in small_cases.PARTS.items()}
+CALLS |= {name: _from_parts(build) for name, build in call_cases_loss.PARTS.items()}

@@ -1,4 +1,4 @@
-"""Calls of the loss for `call_cases`: `PARTS` maps a name to what makes up a `Call`."""
+"""Calls of the loss, for `call_cases` (`PARTS`: name to what makes up a `Call`) and plug-ins."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def _linear_cross_entropy(seed: int) -> dict[str, Any]:
         return linear_cross_entropy(**tensors, chunk_tokens=2 * n // 3, backend="triton")
 
     return {"run": run, "tensors": tensors, "differentiable": ("hidden", "weight")}
+
+
+def learned(backend: str, device: str) -> list[Tensor]:
+    """Loss and gradients, for plug-ins: chunks, an ignored target."""
+    leaves = [torch.randn(shape).to(device).requires_grad_() for shape in ((7, 8), (11, 8))]
+    targets = torch.tensor([0, 10, -100, 3, 4, 5, 6], device=device)
+    loss = linear_cross_entropy(*leaves, targets, chunk_tokens=3, backend=backend)
+    return [loss[None].detach(), *torch.autograd.grad(0.3 * loss, leaves)]
 
 
 PARTS: dict[str, Callable[[int], dict[str, Any]]] = {"linear_cross_entropy": _linear_cross_entropy}

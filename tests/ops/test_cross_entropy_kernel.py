@@ -47,16 +47,14 @@ def inputs(n: int, c: int, vocab: int, dtype: torch.dtype = torch.float32) -> li
 
 def results(
     backend: str, tensors: list[Tensor], chunk: int, factor: float = 0.3
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Loss and gradients of factor * loss."""
     hidden, weight = (x.detach().requires_grad_() for x in tensors[:2])
     loss = linear_cross_entropy(hidden, weight, tensors[2], chunk_tokens=chunk, backend=backend)
     return loss.detach(), *torch.autograd.grad(factor * loss, (hidden, weight))
 
 
-def plain(
-    tensors: list[Tensor], dtype: torch.dtype, factor: float = 0.3
-) -> tuple[Tensor, Tensor, Tensor]:
+def plain(tensors: list[Tensor], dtype: torch.dtype, factor: float = 0.3) -> tuple[Tensor, ...]:
     """The same by F.cross_entropy, products in dtype."""
     hidden, weight = (x.detach().requires_grad_() for x in tensors[:2])
     logits = hidden.to(dtype) @ weight.to(dtype).T
@@ -199,7 +197,7 @@ def test_only_what_is_asked_for_is_computed(backend: str) -> None:
     run = torch.ops.model1.linear_cross_entropy
     for needs in ((False, False), (True, False), (False, True)):
         loss, d_hidden, d_weight = run(hidden, weight, targets, 2, *needs, backend)
-        assert torch.equal(loss, want[0])
+        torch.testing.assert_close(loss, want[0], rtol=1e-6, atol=0)  # another kernel
         assert torch.equal(d_hidden, want[1]) if needs[0] else d_hidden.numel() == 0
         assert torch.equal(d_weight, want[2]) if needs[1] else d_weight.numel() == 0
 
