@@ -62,8 +62,11 @@ def _linear_cross_entropy_kernel(
     largest = float("-inf")
     sums = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, tl.where(is_known, vocab, 0), BLOCK):
-        mask = first + offs < vocab
-        x = tl.load(row_ptr + first + offs, mask=mask, other=float("-inf")).to(tl.float32)
+        column = first + offs
+        # masked at the stride, a multiple of 16, so that loads are wide; what lies behind the
+        # vocabulary is not a logit
+        x = tl.load(row_ptr + column, mask=column < stride_logits, other=0.0).to(tl.float32)
+        x = tl.where(column < vocab, x, float("-inf"))
         larger = tl.maximum(largest, tl.max(x, axis=0))
         # nothing but -inf so far: any finite base keeps the sum at 0
         base = tl.where(larger == float("-inf"), 0.0, larger)
@@ -79,12 +82,12 @@ def _linear_cross_entropy_kernel(
         num_blocks = tl.cdiv(stride_logits, BLOCK)
         for step in range(0, num_blocks):
             column = (num_blocks - 1 - step) * BLOCK + offs
-            mask = (column < vocab) & is_known
-            x = tl.load(row_ptr + column, mask=mask, other=float("-inf")).to(tl.float32)
+            mask = column < stride_logits
+            x = tl.load(row_ptr + column, mask=mask & is_known, other=0.0).to(tl.float32)
             d = tl.exp(x - largest) * inverse - tl.where(column == target, 1.0, 0.0)
             d = tl.where(column < vocab, tl.where(is_known, d, otherwise), 0.0)
             d = round_to(d, logits_ptr.dtype.element_ty, INTERPRETED)
-            tl.store(row_ptr + column, d, mask=column < stride_logits)
+            tl.store(row_ptr + column, d, mask=mask)
 
 
 def linear_cross_entropy_triton(
