@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import call_cases_loss
 import lowrank_cases
 import mha_prefill_cases
 import paged_decode_cases
@@ -281,3 +282,4 @@ def _from_parts(build: Callable[[int], dict[str, Any]]) -> Callable[[int], Call]
 
 CALLS |= {name: _from_parts(build) for name, build in small_cases.PARTS.items()}
 CALLS |= MEMORY_CALLS | HOPPER_CALLS
+CALLS |= {name: _from_parts(build) for name, build in call_cases_loss.PARTS.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from benchmarks.cases import (
+    cross_entropy,
     dense_decode,
     engram,
     fp8_linear,
@@ -24,17 +25,8 @@ from benchmarks.cases import (
 from benchmarks.cases.case import Call, Case, Work, own_work
 
 MODULES: tuple[ModuleType, ...] = (
-    sparse_decode,
-    sparse_prefill,
-    dense_decode,
-    kv_write,
-    mha_prefill,
-    mhc,
-    selector,
-    engram,
-    fp8_linear,
-    moe,
-    small_ops,
-)
+    sparse_decode, sparse_prefill, dense_decode, kv_write, mha_prefill, mhc, selector, engram,
+    fp8_linear, moe, small_ops, cross_entropy,
+)  # fmt: skip
 
 __all__ = ["MODULES", "Call", "Case", "Work", "own_work"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model1.ops.activation.ref import swiglu_backward_ref, swiglu_ref
+from model1.ops.cross_entropy.ref import linear_cross_entropy_ref
 from model1.ops.engram.formats import engram_gather_ref
 from model1.ops.engram.ref import (
     engram_causal_conv_backward_ref,
@@ -133,6 +134,7 @@ operators = {
     "inverse_rope_gate": inverse_rope_gate_ref,
     "inverse_rope_gate_backward": inverse_rope_gate_backward_ref,
     "lightning_topk": lightning_topk_ref,
+    "linear_cross_entropy": linear_cross_entropy_ref,
     "lowrank_attention": lowrank_attention_ref,
     "lowrank_remainder": lowrank_remainder_ref,
     "lowrank_topk": lowrank_topk_ref,

@@ -17,6 +17,7 @@ from model1.testing.targets import TARGETS
 
 MODULES = (
     "model1.ops.activation.portable",
+    "model1.ops.cross_entropy.portable",
     "model1.ops.engram.portable",
     "model1.ops.engram.portable_conv",
     "model1.ops.engram.portable_rows",

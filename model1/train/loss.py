@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model1.errors import ConfigError
+from model1.ops.cross_entropy import has_kernel, linear_cross_entropy
+from model1.ops.cross_entropy.checks import IGNORE
 from model1.train.config import LossSection
 from model1.train.data import Batch
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MTP_HIDDEN = "mtp_hidden"
 MTP_WEIGHT = 0.3  # of the multi-token prediction loss, DeepSeek-V3 (arXiv 2412.19437)
-IGNORE = -100  # target that is not to be learned; the default of F.cross_entropy
 
 
 class Trainable(Protocol):
@@ -79,9 +80,15 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of hidden [n, c] against weight [vocab, c] and targets [n] int64.
 
-    Logits are made chunk by chunk and made again in the backward pass, so peak memory is
-    chunk_tokens * vocab whatever n is. Softmax in fp32. Returns an fp32 scalar.
+    Peak memory is chunk_tokens * vocab whatever n is. Softmax in fp32. Returns an fp32 scalar.
+    `linear_cross_entropy` where its kernel or a plug-in runs: it is compiled as it is. Elsewhere
+    `chunk_loss` makes the logits of each chunk, and makes them again in the backward pass.
     """
+    if has_kernel(hidden):
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        return linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk_tokens)
     total = hidden.new_zeros((), dtype=torch.float32)
     chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     for part, wanted in chunks:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from backend_option import moving, operator_names, use_backend
+from call_cases_loss import learned
 from example_site import EXAMPLE, installed_example
 from line_budget import ROOT
 from lowrank_cases import CHOICE, SCAN, Shape, make_arguments
@@ -242,6 +243,7 @@ CASES: dict[str, Case] = (
         "engram_causal_conv_backward": convolved,
         "inverse_rope_gate": gated,
         "inverse_rope_gate_backward": gated,
+        "linear_cross_entropy": learned,
         "lowrank_attention": attended_in_part,
         "lowrank_remainder": attended_in_part,
         "lowrank_topk": attended_in_part,

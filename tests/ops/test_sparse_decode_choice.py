@@ -64,11 +64,11 @@ def test_gluon_is_supported_in_triton_3_6(
 @pytest.mark.parametrize(
     ("layout", "rows", "h", "entries", "wins"),
     [
-        (MODEL1, 128, 64, 640, True),
-        (MODEL1, 64, 128, 16384, True),
+        (MODEL1, 96, 64, 640, True),
+        (MODEL1, 48, 128, 16384, True),
         (MODEL1, 128, 8, 640, True),
         (V32, 64, 96, 2048, True),
-        (MODEL1, 127, 64, 640, False),
+        (MODEL1, 95, 64, 640, False),
         (MODEL1, 512, 7, 640, False),
         (MODEL1, 512, 129, 640, False),
         (V32, 512, 64, 639, False),
@@ -99,7 +99,7 @@ def test_auto_takes_it_where_it_wins_and_never_for_deterministic_rows(
     assert chosen() == "hopper"
     assert chosen("triton") == "triton"
     assert chosen(deterministic=True) == "triton"
-    assert chosen(q=q[:63]) == "triton"
+    assert chosen(q=q[:47]) == "triton"
     monkeypatch.setattr(choice, "hopper_wins", lambda *sizes: True)
     assert chosen(layout=BF16_512) == "hopper"
     assert chosen(deterministic=True) == "triton"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model1.ops.cross_entropy import has_kernel
 from model1.train.config import LossSection
 from model1.train.data import Batch
 from model1.train.loss import (
@@ -99,3 +100,43 @@ def test_a_batch_without_targets_has_loss_zero() -> None:
     batch.targets.fill_(IGNORE)
     loss = training_loss(Toy(), batch, LossSection(aux_weight=0.0))["loss"]
     assert float(loss.detach()) == 0.0
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_the_operator_gives_what_checkpointed_chunks_give(
+    is_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, here on the operator's reference: also under autocast, with fp32 weights."""
+    hidden = torch.randn(13, 6, requires_grad=True)
+    weight = torch.randn(11, 6, requires_grad=True)
+    targets = torch.randint(0, 11, (13,))
+    targets[::4] = IGNORE
+
+    def results() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
+            loss = chunked_cross_entropy(hidden, weight, targets, 5) / 10
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    want = results()
+    monkeypatch.setattr("model1.train.loss.has_kernel", lambda hidden: True)
+    got = results()
+    tolerance = 2e-2 if is_bf16 else 1e-5
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_the_kernel() -> None:
+    hidden = torch.randn(37, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(501, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 501, (37,), device="cuda")
+    targets[::4] = IGNORE
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, targets, 16)
+        whole = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+    assert has_kernel(hidden)
+    torch.testing.assert_close(loss, whole, rtol=1e-4, atol=0)
+    want = torch.autograd.grad(whole, (hidden, weight))
+    for x, y in zip(torch.autograd.grad(loss, (hidden, weight)), want, strict=True):
+        assert float((x - y).norm() / y.norm()) < 0.01
