@@ -30,8 +30,8 @@ def _rows(slot, cache):
 
 @gluon.jit
 def gather_v32_keys(
-    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, high_ready, low_free,
-    high_free, hidden, IS_PAGED: gl.constexpr,
+    HALF_BLOCK: gl.constexpr, items, lists, main, extra, k_low, k_high, k_rope, bias, high_ready,
+    low_free, high_free, hidden, IS_PAGED: gl.constexpr,
 ):  # fmt: skip
     """Keep half of every block coming: slots three blocks ahead, L2 two, registers one.
 

@@ -112,9 +112,9 @@ def attend_items(
             )),
             (attend_first, (
                 q_desc, rope_queries, q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays,
-                maxima, totals, bias, low_ready, high_ready, low_free, q_ready, w_ready, totals_ready,
-                out_desc, items, group, groups, h, s_q, empty_lse, results, scale_log2, zero,
-                HAS_ROPE, IS_BF16,
+                maxima, totals, bias, low_ready, high_ready, low_free, q_ready, w_ready,
+                totals_ready, out_desc, items, group, groups, h, s_q, empty_lse, results,
+                scale_log2, zero, HAS_ROPE, IS_BF16,
             )),
             (attend_second, (
                 q_low, q_high, q_rope, k_low, k_high, k_rope, weights, decays, maxima, totals, bias,

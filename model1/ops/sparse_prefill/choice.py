@@ -21,9 +21,9 @@ def hopper_call_refusal(
     return None
 
 
-# Where it was seen to win, on an H200, 2026-12-01: 32, 64 and 128 heads, lists of 64 to 2,048 entries,
-# 1 to 4,096 queries, in 0.52 to 0.71 of the portable kernel's time. With 16 heads it took 0.97 and
-# 1.19 of it.
+# Where it was seen to win, on an H200, 2026-12-01: 32, 64 and 128 heads, lists of 64 to 2,048
+# entries, 1 to 4,096 queries, in 0.52 to 0.71 of the portable kernel's time. With 16 heads it took
+# 0.97 and 1.19 of it.
 _MIN_HEADS = 32
 
 
