@@ -52,8 +52,8 @@ def _cache_refusal(kv_cache: Tensor, layout: KVLayout | None, d: int) -> str | N
 
 # Where it was seen to win, on an H200, 2026-12-01, by requests times groups of 64 of all their
 # heads: from 8 on with 32, 64 and 128 heads over bf16 rows, in 0.67 to 0.96 of the portable
-# kernel's time, and at 64 and 128 with 16, 64 and 128 heads over FP8 rows, in 0.74 to 0.79. With 1 and 2 it took
-# 0.90 to 1.40 of it, with 16 heads over bf16 rows 0.99 to 1.63.
+# kernel's time, and at 64 and 128 with 16, 64 and 128 heads over FP8 rows, in 0.74 to 0.79. With 1
+# and 2 it took 0.90 to 1.40 of it, with 16 heads over bf16 rows 0.99 to 1.63.
 _BF16_MIN_HEADS, _BF16_MIN_PARTS = 32, 8
 _FP8_MIN_HEADS, _FP8_MIN_PARTS = 16, 64
 
