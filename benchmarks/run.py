@@ -18,7 +18,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -97,6 +97,25 @@ def format_row(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run_case(
+    case: Case,
+    peer: Any,
+    ceilings: Ceilings,
+    *,
+    graph: bool,
+    about: dict[str, Any] | Literal[False],
+) -> None:
+    """Measure, print and, with what is to be said `about` it, record at once: a run may be cut."""
+    # a gradient is computed on the stream of its forward: not the default one, which no graph can
+    # capture
+    with torch.cuda.stream(torch.cuda.Stream()):
+        row = measure(case, peer, ceilings, graph=graph)
+    print(format_row(row), flush=True)
+    if about:
+        append_rows([row], about)
+    torch.cuda.empty_cache()
+
+
 def main() -> None:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -129,18 +148,11 @@ def main() -> None:
     ceilings = measure_ceilings(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: copy {ceilings.copy_gb_per_s:.0f} GB/s, "
           f"bf16 matmul {ceilings.bf16_tflops:.0f} TFLOPS")  # fmt: skip
-    rows = []
-    for case in [case for operator in operators for case in OPERATORS[operator].cases()]:
+    cases = [case for operator in operators for case in OPERATORS[operator].cases()]
+    about = circumstances("benchmarks.run", commit) | asdict(ceilings)
+    for case in cases:
         if options.match in case.name:
-            # a gradient is computed on the stream of its forward: not the default one, which no
-            # graph can capture
-            with torch.cuda.stream(torch.cuda.Stream()):
-                rows.append(measure(case, peer, ceilings, graph=options.graph))
-            print(format_row(rows[-1]), flush=True)
-            torch.cuda.empty_cache()
-    if options.record:
-        about = circumstances("benchmarks.run", commit) | asdict(ceilings)
-        print(f"recorded in {append_rows(rows, about)}")
+            run_case(case, peer, ceilings, graph=options.graph, about=options.record and about)
 
 
 if __name__ == "__main__":

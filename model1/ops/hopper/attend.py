@@ -164,8 +164,7 @@ def attend_first(
     next_request, next_query = item_field(items, 1, 0), item_field(items, 1, 1)
     _fetch_queries(
         q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
-        num_items > 0,
-        HAS_ROPE,
+        num_items > 0, HAS_ROPE,
     )  # fmt: skip
     for item in range(1, num_items + 1):
         request, query = next_request, next_query
@@ -207,8 +206,7 @@ def attend_first(
             is_last = (i == num_blocks - 2) & (item < num_items)
             _fetch_queries(
                 q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
-                is_last,
-                HAS_ROPE,
+                is_last, HAS_ROPE,
             )  # fmt: skip
             decay = decays.index(1).load(ROW)
             largest = maxima.index(1).load(ROW)

@@ -123,7 +123,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     cases = []
     for name, rows, options in (("bf16", BF16, BF16_OPTIONS), ("fp8", FP8, FP8_OPTIONS)):
         limits: dict[str, Any] = {**launch_options(4, 1), "max_registers": options["maxnreg"]}
-        limits["spill_limit_bytes"] = SPILL_LIMIT_BYTES if name == "fp8" else 8
+        # the place in a table takes two words more than a list's
+        limits["spill_limit_bytes"] = SPILL_LIMIT_BYTES + 8 if name == "fp8" else 0
         for d, special in ((512, {"rope_desc": None}), (576, {})):
             for causal in (False, True):
                 constants = rows | special | {"IS_CAUSAL": causal}
