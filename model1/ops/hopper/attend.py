@@ -2,6 +2,7 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
+# pyright: reportPossiblyUnboundVariable=none
 """The attending half of attention on Hopper: scores, softmax, values, results.
 
 Two warp groups; docs/kernels_hopper.md has what each does and when.
