@@ -62,7 +62,8 @@ class MixtureOfExperts(nn.Module):
         if self.training and torch.is_grad_enabled():  # measuring in between does not count
             # counts in fp32 are exact, in any order; `bincount` would wait for the device
             chosen = expert_ids.flatten()
-            self.load.scatter_add_(0, chosen, self.load.new_ones(chosen.shape))
+            counts = torch.zeros_like(self.load, dtype=torch.float32)
+            self.load += counts.scatter_add_(0, chosen, counts.new_ones(chosen.shape))
         out = moe_experts(x, weights, expert_ids, self.gate_up, self.down, swiglu_limit=self.limit)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 

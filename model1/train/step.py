@@ -20,7 +20,7 @@ from model1.train.optim import Optimizer
 class TrainStep:
     """A model, already on its device, with its optimiser and its compiled parts.
 
-    Nothing here waits for the device.
+    The gradients wait for no device; the update does where a table of rows is trained.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:

@@ -209,6 +209,13 @@ def test_wrong_arguments_are_named() -> None:
     quantized = quantize_weight(w)
     with pytest.raises(ValueError, match=r"w_scale must be \[1, 4\] float32, contiguous, got \[1"):
         fp8_linear(x, None, quantized=quantized._replace(w_scale=torch.ones(1, 1)))
+    for bad in (x.double(), x.int(), x[0, 0]):
+        with pytest.raises(
+            ValueError, match=r"x must be \[..., c\] in bfloat16, float16 or float32"
+        ):
+            fp8_linear(bad, None, quantized=quantized)
+    with pytest.raises(ValueError, match=r"must have one shape, got \[47, 64\] and \[48, 64\]"):
+        fp8_linear(x, w[:47], quantized=quantized)
     with pytest.raises(ValueError, match="needs multiples of 16, got c = 64 and o = 47"):
         fp8_linear(x, w[:47], backend="scaled_mm")
     with pytest.raises(BackendUnavailable, match="scaled_mm needs an sm_90 GPU, device is cpu"):

@@ -31,7 +31,7 @@ _SCORE_MIN = tl.constexpr(GATE_SCORE_MIN)
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut. Not yet measured. Results do not depend on the number of tokens."""
+    """How the work is cut, in this way alone measured. Results do not depend on how many tokens."""
 
     forward_tokens: int = 2  # of a program, which reads the weights once for all of them
     score_elements: int = 1024  # of the tile of streams and channels that the score is summed in

@@ -28,7 +28,7 @@ from model1.ops.rounding import round_to
 
 @dataclass(frozen=True)
 class Config:
-    """How the work is cut. Not yet measured. Results do not depend on the number of tokens."""
+    """How the work is cut, in this way alone measured. Results do not depend on how many tokens."""
 
     tokens: int = 32  # of a tile; the more, the fewer rows are read for taps alone
     channels: int = 128

@@ -21,10 +21,11 @@ from model1.ops.fp8_linear.checks import (
     PRECISIONS,
     SCALE_FORMATS,
     check_choice,
-    check_linear,
+    check_input,
     check_matrix,
     check_quantized,
     check_scaled_mm,
+    check_weight,
 )
 from model1.ops.fp8_linear.choice import choose_backend
 from model1.ops.fp8_linear.dispatch import DTYPE_NAMES
@@ -98,10 +99,11 @@ def fp8_linear(
     """
     check_choice("precision", precision, PRECISIONS)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
+    check_input(x)
     if quantized is not None:
         check_quantized(x, quantized)
     if weight is not None:
-        check_linear(x, weight)
+        check_weight(x, weight, quantized)
     elif quantized is None:
         raise ValueError("weight and quantized must not both be None")
     if precision == "bf16":

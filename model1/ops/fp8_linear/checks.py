@@ -23,12 +23,19 @@ def check_matrix(name: str, x: Tensor) -> None:
         raise ValueError(f"{rule}, got {list(x.shape)} {x.dtype}")
 
 
-def check_linear(x: Tensor, weight: Tensor) -> None:
-    """The same for the arguments of `fp8_linear`."""
-    check_matrix("weight", weight)
+def check_input(x: Tensor) -> None:
+    """The same for what `fp8_linear` maps."""
     if x.dim() < 1 or x.dtype not in _DTYPES:
         rule = "x must be [..., c] in bfloat16, float16 or float32"
         raise ValueError(f"{rule}, got {list(x.shape)} {x.dtype}")
+
+
+def check_weight(x: Tensor, weight: Tensor, quantized: tuple[Tensor, ...] | None) -> None:
+    """The same for the weight of `fp8_linear`, which may come quantised as well."""
+    check_matrix("weight", weight)
+    if quantized is not None and quantized[0].shape != weight.shape:
+        got = f"{list(weight.shape)} and {list(quantized[0].shape)}"
+        raise ValueError(f"weight and quantized.w_fp8 must have one shape, got {got}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight must be [o, {x.shape[-1]}], got {list(weight.shape)}")
     check_device("weight", weight, x)

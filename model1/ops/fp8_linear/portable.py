@@ -21,7 +21,7 @@ from model1.ops.kv_write.encode import fp32_to_e4m3
 from model1.ops.launch import device_target, launch_options
 
 GROUP = 128
-# Tokens of a tile that is quantised along rows alone, and its warps; not measured yet.
+# Tokens of a tile that is quantised along rows alone, and its warps; others were not measured.
 ROWS_BLOCK_T, ROWS_WARPS = 32, 4
 WHOLE_WARPS = 8  # of a tile that is quantised along columns as well, or as one block
 _KINDS = {"rows": 0, "both": 1, "blocks": 2}

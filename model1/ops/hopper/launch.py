@@ -22,7 +22,7 @@ CHANNELS = 512  # of values
 ROPE = 64  # channels behind them, where rows have such
 ALIGNMENT_BYTES = 16  # of what a tensor map describes and of what is copied
 # Warp groups share 65,536 registers: four where keys are converted, with 184 for those that attend
-# they spill, and three where keys are copied.
+# they spill, and three where keys are copied, whose gatherers have what the others leave.
 FP8: dict[str, Any] = {"IS_BF16": False, "CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64}
 BF16: dict[str, Any] = {"IS_BF16": True, "CONSUMER_REGISTERS": 216, "PRODUCER_REGISTERS": 72}
 COMBINE_WARPS = 4

@@ -21,7 +21,7 @@ from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import launch_options
 from model1.ops.rounding import round_to
 
-# Channels of a program; not measured yet.
+# Channels of a program; others were not measured.
 WIDEST = 2048
 SWIGLU_BLOCK = 1024
 

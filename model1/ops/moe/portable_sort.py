@@ -20,7 +20,7 @@ from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import launch_options
 
 EXPERTS = 128  # of a program, at most: it holds a table of choices by experts
-# entries of such a table, and pieces that the adding program loads at once; not measured yet
+# entries of such a table, and pieces the adding program loads at once; others were not measured
 TABLE, PIECES = 8192, 32
 MAX_PIECES = 1024  # so that the adding program has few rounds
 

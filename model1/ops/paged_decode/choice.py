@@ -43,8 +43,8 @@ def _cache_refusal(kv_cache: Tensor, layout: KVLayout | None, d: int) -> str | N
         got = f"{layout.name} {layout.d_nope} + {layout.d_rope}"
         return f"takes bf16, model1_fp8 448 + 64 or v32_fp8 512 + 64, got {got}"
     # a graph that is traced cannot ask where a tensor starts; the launch asks again
-    offset = 0 if torch.compiler.is_compiling() else kv_cache.storage_offset()
-    start, step = (n * kv_cache.element_size() for n in (offset, kv_cache.stride(0)))
+    start = 0 if torch.compiler.is_compiling() else kv_cache.data_ptr()
+    step = kv_cache.stride(0) * kv_cache.element_size()
     if start % _UNIT_BYTES or step % _UNIT_BYTES:
         return f"takes blocks that start at multiples of 16 bytes, got {start % 16} + n * {step}"
     return None
@@ -78,8 +78,10 @@ def choose_backend(
         q, kv_cache, cu_seqlens_q, layout, value_dim, softmax_scale, causal
     )
     # a deterministic row must not learn from the choice how many others there are
+    # and of a plain cache a graph that is traced cannot know where it starts
+    is_known = layout is not None or not torch.compiler.is_compiling()
     wins = False
-    if not deterministic and refusal is None:
+    if is_known and not deterministic and refusal is None:
         is_fp8 = layout is not None and layout.is_fp8
         wins = hopper_wins(q.shape[0], q.shape[1], q.shape[2], is_fp8)
     return operator.resolve_call(backend, q.device, refusal, wins)
