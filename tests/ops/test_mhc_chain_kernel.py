@@ -33,7 +33,6 @@ NAMES = ("x", "y", "pre", "post", "comb", "phi", "scale", "bias", "weight")
 RESULTS = ("u", "written", "pre", "post", "comb")
 IN_STREAM_DTYPE = ("u", "written", "d_x", "d_y")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-VARIANTS = ("64x32", "128x16 split", "64x16 split", "64x32 split", "32x32 split", "32x32 prefetch")
 SHAPES = [  # t, n, c, dtype
     (1, 4, 64, BF16),
     (33, 4, 192, BF16),
@@ -156,44 +155,6 @@ def test_the_fused_chain_is_the_unfused_one() -> None:
     assert torch.equal(got[1], want[1])
     for a, b in zip(got[2:], want[2:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def run_variant(name: str, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """What the fused kernel as `name` cuts it returns, or by "" the kernels one after the other."""
-    from model1.ops.mhc.portable_chain import FUSED, mhc_write_back_coefficients_triton
-
-    arguments = [inputs[k] for k in ("x", "y", "post", "comb", "phi", "scale", "bias")]
-    config = FUSED[name] if name else None
-    return list(mhc_write_back_coefficients_triton(*arguments, **OPTIONS, config=config))
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_every_cut_of_the_fused_kernel_is_the_two_kernels(name: str, dtype: torch.dtype) -> None:
-    """Tiles that tokens and channels do not fill, and more tokens than one tile."""
-    torch.manual_seed(1)
-    shapes = [(2050, 4, 1024), (513, 3, 200)] if DEVICE == "cuda" else [(67, 4, 72), (1, 3, 40)]
-    for shape in shapes:
-        inputs = make_inputs(*shape, dtype)
-        got, want = run_variant(name, inputs), run_variant("", inputs)
-        assert torch.equal(got[0], want[0])
-        for a, b in zip(got[1:], want[1:], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_token_of_the_fused_kernel_is_its_own(name: str) -> None:
-    """Any order gives the same bits, and a NaN spoils one token."""
-    inputs, order = make_inputs(67, 2, 40, BF16), torch.randperm(67).to(DEVICE)
-    other = inputs | {k: inputs[k][order] for k in NAMES[:5]}
-    want = run_variant(name, inputs)
-    for a, b in zip(run_variant(name, other), want, strict=True):
-        assert torch.equal(a, b[order])
-    inputs["x"][65, 1, 3] = math.nan
-    for a, b in zip(run_variant(name, inputs), want, strict=True):
-        assert a[65].isnan().any()
-        assert torch.equal(a[:65], b[:65])
-        assert torch.equal(a[66], b[66])
 
 
 def test_on_a_cpu_it_is_the_old_chain_to_the_bit() -> None:

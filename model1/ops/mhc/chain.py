@@ -3,10 +3,9 @@
     u, x = mhc_collapse_norm(x, weights.pre, norm_weight);   y = F(u)
     x, weights = mhc_write_back_coefficients(x, y, weights.post, weights.comb, phi, scale, bias)
 
-A sublayer reads the streams three times and writes them once, forward, or twice with the fused
-kernel, which `model1.ops.mhc.portable_chain.choose_config` leaves out until it is the faster way.
-Backward their gradient passes through each operator once, and PyTorch adds none. The first
-sublayer's coefficients are those of `model1.ops.mhc.mhc_coefficients`.
+A sublayer reads the streams three times and writes them once, forward. Backward their gradient
+passes through each operator once, and PyTorch adds none. The first sublayer's coefficients are
+those of `model1.ops.mhc.mhc_coefficients`.
 """
 
 from __future__ import annotations
