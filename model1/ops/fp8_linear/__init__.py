@@ -126,7 +126,7 @@ def fp8_matmul(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *,
     b_is_blocks: bool, out_dtype: torch.dtype = torch.bfloat16, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """A B^T [m, n] of codes a [m, k] and b [n, k] in the layout of `fp8_quantize_ref`, unchecked."""
+    """A B^T [m, n] of codes a [m, k] and b [n, k] as `fp8_quantize_ref` lays them, unchecked."""
     fits = a.shape[1] % 128 == 0 and b.shape[0] % 128 == 0
     name = choose_backend(backend, a.device, fits)
     out = DTYPE_NAMES[out_dtype]
