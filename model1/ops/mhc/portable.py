@@ -100,19 +100,17 @@ def _project_kernel(
         phi = tl.load(weights + stream * C + channel, mask=is_phi, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         squares += wide * wide
-        products = add_products(products, x, phi, INTERPRETED, "")
+        products = add_products(products, x, phi, INTERPRETED)
     row = split.to(tl.int64) * t + token
     store_part(parts_ptr, row, products, squares, is_token, WIDTH)
 
 
 @triton.jit
-def add_products(products, x, phi, INTERPRETED: tl.constexpr, REGISTER: tl.constexpr):
+def add_products(products, x, phi, INTERPRETED: tl.constexpr):
     """products [BLOCK_T, BLOCK_W] and x [BLOCK_T, BLOCK_C] by fp32 phi [BLOCK_W, BLOCK_C].
 
-    As exact as fp32: phi goes in two parts of x's dtype, whose products with it are. REGISTER: of
-    `pinned`.
+    As exact as fp32: phi goes in two parts of x's dtype, whose products with it are.
     """
-    x = pinned(x, REGISTER)
     if tl.float32 == x.dtype:
         products = tl.dot(x, tl.trans(phi), acc=products, input_precision="ieee")
     else:
@@ -120,26 +118,10 @@ def add_products(products, x, phi, INTERPRETED: tl.constexpr, REGISTER: tl.const
         low = round_to(phi - high.to(tl.float32), x.dtype, INTERPRETED)
         # the interpreter multiplies matrices in fp32 alone
         FACTOR: tl.constexpr = tl.float32 if INTERPRETED else x.dtype
-        high, low = pinned(high, REGISTER).to(FACTOR), pinned(low, REGISTER).to(FACTOR)
+        high, low = high.to(FACTOR), low.to(FACTOR)
         products = tl.dot(x.to(FACTOR), tl.trans(low), acc=products)
         products = tl.dot(x.to(FACTOR), tl.trans(high), acc=products)
     return products
-
-
-@triton.jit
-def pinned(x, REGISTER: tl.constexpr):
-    """x itself, by an operation that the compiler does not repeat in another layout.
-
-    Triton 3.6 moves the change of layout before a matrix product up to the loads that its factor
-    comes from. After a write-back it would do the whole mixing twice, in registers that there are
-    not. REGISTER: a letter of `register_kind`; "" pins nothing, which loops of several stages need.
-    """
-    if REGISTER == "":
-        return x
-    return tl.inline_asm_elementwise(
-        "", "=" + REGISTER + ",0", [x], dtype=x.dtype, is_pure=False,
-        pack=32 // x.dtype.primitive_bitwidth,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -265,13 +247,6 @@ def finish(
 def with_adjacent_channels(x: Tensor) -> Tensor:
     """x itself wherever its tokens and streams lie, a copy if channels are apart."""
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def register_kind(target: KernelTarget) -> str:
-    """How the target's assembler calls a register of 32 bits, nothing if there is none."""
-    if knobs.runtime.interpret:
-        return ""
-    return "v" if target.kind == "hip" else "r"
 
 
 def choose_splits(t: int, blocks: int, config: Config, sms: int) -> tuple[int, int]:

@@ -21,14 +21,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import device_target, num_sms
 from model1.ops.mhc.portable import (
     SHIPPED,
     compile_case,
-    pinned,
-    register_kind,
     with_adjacent_channels,
 )
 from model1.ops.mhc.portable_backward import product_gradient, stream_gradient
@@ -54,6 +53,20 @@ class RowConfig:
 # 74 KB of four bf16 streams of 4096 channels on their way to each SM while a token is computed
 ROWS = RowConfig(channels_per_thread=8, num_stages=2, programs_per_sm=1)
 SCRATCH_BYTES = 17 << 10  # of shared memory, for sums
+
+
+@triton.jit
+def pinned(x, REGISTER: tl.constexpr):
+    """x itself, by an operation that the compiler does not repeat in another layout.
+
+    REGISTER: a letter of `register_kind`; "" pins nothing.
+    """
+    if REGISTER == "":
+        return x
+    return tl.inline_asm_elementwise(
+        "", "=" + REGISTER + ",0", [x], dtype=x.dtype, is_pure=False,
+        pack=32 // x.dtype.primitive_bitwidth,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -158,6 +171,13 @@ def mhc_write_back_coefficients_backward_triton(
     total, d_phi = stream_gradient(out, phi, d_product, passed=d_out)
     through = mhc_write_back_backward_triton(total, x, y, post, comb)
     return *through, d_phi, d_scale, d_bias
+
+
+def register_kind(target: KernelTarget) -> str:
+    """How the target's assembler calls a register of 32 bits, nothing if there is none."""
+    if knobs.runtime.interpret:
+        return ""
+    return "v" if target.kind == "hip" else "r"
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
