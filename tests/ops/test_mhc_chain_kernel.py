@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import mmap
 from typing import Any
 
+import mhc_cases
 import pytest
 import torch
+from mhc_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    GPU_SHAPES,
+    MARKS,
+    OPTIONS,
+    far_apart,
+    run_with_gradients,
+)
 from oracles import double_precision
 from torch import Tensor
 
@@ -19,20 +31,10 @@ from model1.testing.compare import assert_close_rows
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.any_device,
-    # the interpreter computes in NumPy, which warns of what Triton does
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
-]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIONS: dict[str, Any] = {"iters": 3, "eps": 1e-6, "norm_eps": 1e-6}
+pytestmark = MARKS
 NAMES = ("x", "y", "pre", "post", "comb", "phi", "scale", "bias", "weight")
 RESULTS = ("u", "written", "pre", "post", "comb")
 IN_STREAM_DTYPE = ("u", "written", "d_x", "d_y")
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [  # t, n, c, dtype
     (1, 4, 64, BF16),
     (33, 4, 192, BF16),
@@ -41,39 +43,9 @@ SHAPES = [  # t, n, c, dtype
     (1, 8, 64, BF16),
     (2, 3, 40, FP32),
 ]
-GPU_SHAPES = [
-    (1, 4, 4096, BF16),
-    (17, 4, 7168, BF16),
-    (513, 4, 4096, BF16),
-    (2050, 4, 1024, BF16),
-    (1100, 4, 64, BF16),
-    (700, 2, 1024, BF16),
-    (515, 8, 1536, BF16),
-    (129, 3, 200, BF16),
-    (33, 1, 128, BF16),
-    (300, 4, 1536, FP16),
-    (65, 8, 64, FP16),
-    (300, 4, 1536, FP32),
-    (65, 8, 200, FP32),
-]
 
 
-def make_inputs(t: int, n: int, c: int, dtype: torch.dtype = FP32) -> dict[str, Tensor]:
-    """Streams of very different sizes; mixings are far from symmetric."""
-    width = n * n + 2 * n
-    size = torch.logspace(-1, 1, max(t, 1))[:t]
-    tensors = {
-        "x": (torch.randn(t, n, c) * size[:, None, None]).to(dtype),
-        "y": torch.randn(t, c).to(dtype),
-        "pre": torch.rand(t, n),
-        "post": torch.rand(t, n) * 2,
-        "comb": torch.rand(t, n, n),
-        "phi": torch.randn(width, n * c) * (n * c) ** -0.5,
-        "scale": torch.rand(width),
-        "bias": torch.randn(width),
-        "weight": torch.rand(c) + 0.5,
-    }
-    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+make_inputs = functools.partial(mhc_cases.make_inputs, names=NAMES)
 
 
 def seam(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
@@ -97,11 +69,7 @@ def with_gradients(
     inputs: dict[str, Tensor], backend: str, dtype: Any = None, run: Any = seam
 ) -> list[Tensor]:
     """Results and gradients of the inputs, all computed in `dtype` if it is given."""
-    leaves = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in inputs.items()}
-    results = run(leaves, backend)
-    torch.manual_seed(2)
-    grads = [torch.randn(r.shape).to(r.device, inputs["x"].dtype).to(r.dtype) for r in results]
-    return [*results, *torch.autograd.grad(results, list(leaves.values()), grads)]
+    return run_with_gradients(run, inputs, backend, dtype)
 
 
 def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None:
@@ -181,15 +149,8 @@ def test_either_gradient_of_the_stream_may_be_missing() -> None:
 
 
 def test_numbers_beyond_32_bits() -> None:
-    """Streams and tokens 2^30 numbers and more apart; nothing else is touched of the memory."""
-    stride = 2**30 + 8
-    size = 3 * stride + 128
-    if DEVICE == "cpu":
-        flat = torch.frombuffer(mmap.mmap(-1, 2 * size), dtype=BF16)
-    else:
-        flat = torch.zeros(size, dtype=BF16, device=DEVICE)
     inputs = make_inputs(2, 3, 32, BF16)
-    far = flat.as_strided((2, 3, 32), (stride + 64, stride, 1)).copy_(inputs["x"])
+    far = far_apart(inputs["x"])
     got = with_gradients(inputs | {"x": far}, "triton")
     assert all(map(torch.equal, got, with_gradients(inputs, "triton")))
 
