@@ -11,6 +11,7 @@ out of registers.
 # tl.static_range exist only when compiled.
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none
 # pyright: reportAssignmentType=none, reportOperatorIssue=none, reportAttributeAccessIssue=none
+# pyright: reportArgumentType=none
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class RowConfig:
     programs_per_sm: int  # that run at once
 
 
-# Not measured yet. Fewer channels a thread than forward, for it keeps them of every stream.
+# With 8192 tokens of 4 x 4096 on an H200, 2026-12-01: 265 us; one stage more 240, which is to be
+# tried in the whole step. Fewer channels a thread than forward, for it keeps them of every stream.
 # 74 KB of four bf16 streams of 4096 channels on their way to each SM while a token is computed
 ROWS = RowConfig(channels_per_thread=8, num_stages=2, programs_per_sm=1)
 SCRATCH_BYTES = 17 << 10  # of shared memory, for sums
