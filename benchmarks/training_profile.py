@@ -17,7 +17,10 @@ from model1.train.step import TrainStep
 # carry the names of PyTorch's operations; ours carry their operator's.
 GROUPS = (
     ("attention", r"flex_attention|mha_prefill|flash|fmha|scaled_dot_product|sdpa"),
-    ("hyper-connections", r"mhc|sinkhorn"),
+    (
+        "hyper-connections",
+        r"mhc|sinkhorn|collapse_norm|write_back|_project_|_coefficients_|_seam_|_phi_bwd",
+    ),
     ("Engram", r"engram"),
     ("experts", r"_moe_|moe::"),
     ("loss", r"log_softmax|nll_loss|cross_entropy"),
@@ -116,8 +119,22 @@ def format_profile(kernels: list[Kernel], num_steps: int) -> str:
     return "\n".join(lines)
 
 
+def idle_ms(events: Iterable[Any]) -> float:
+    """Milliseconds between the first kernel's start and the last's end in which none ran."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
+    )
+    idle, end = 0.0, spans[0][0] if spans else 0.0
+    for start, stop in spans:
+        idle += max(0.0, start - end)
+        end = max(end, stop)
+    return 1e-3 * idle
+
+
 def profile_step(step: TrainStep, batch: Batch) -> str:
-    """The kernels of a warm model's next steps. Their sum lacks the time in which nothing runs."""
+    """The kernels of a warm model's next steps, and on a GPU how long none ran."""
     is_cuda = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda else [])
     with profile(activities=activities) as found:
@@ -128,4 +145,6 @@ def profile_step(step: TrainStep, batch: Batch) -> str:
                 step.update(1e-3)
         if is_cuda:
             torch.cuda.synchronize()
-    return format_profile(kernels_of(found.events() or [], is_cuda=is_cuda), _STEPS)
+    events = list(found.events() or [])
+    table = format_profile(kernels_of(events, is_cuda=is_cuda), _STEPS)
+    return f"{table}\nidle {idle_ms(events) / _STEPS:.2f} ms of a step" if is_cuda else table

@@ -13,7 +13,7 @@ from torch import Tensor
 from model1.ops.engram import engram_gate, engram_hash, quantize_rows
 from model1.ops.engram.gather import gather_rows
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_seam
 
 BIG = DEVICE == "cuda"
 
@@ -84,11 +84,6 @@ def _mhc_tensors(seed: int) -> dict[str, Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
 
-def _written(**arguments: Any) -> tuple[Tensor, ...]:
-    out, weights = mhc_write_back_coefficients(**arguments)
-    return out, *weights
-
-
 def _mhc(function: Callable[..., Any], names: str, **options: Any) -> Callable[[int], Call]:
     def build(seed: int) -> Call:
         tensors = _mhc_tensors(seed)
@@ -110,7 +105,7 @@ MEMORY_CALLS: dict[str, Callable[[int], Call]] = {
     "mhc_collapse": _mhc(mhc_collapse, "x pre"),
     "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
     "mhc_collapse_norm": _mhc(mhc_collapse_norm, "x pre weight", norm_eps=1e-6),
-    "mhc_write_back_coefficients": _mhc(
-        _written, "x y post comb phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
+    "mhc_seam": _mhc(
+        mhc_seam, "x y post comb phi scale bias weight", iters=20, eps=1e-6, norm_eps=1e-6
     ),
 }  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_seam
 
 
 def random(*shape: int, device: str) -> Tensor:
@@ -33,7 +33,6 @@ def mixed_in_a_row(backend: str, device: str) -> list[Tensor]:
     x, phi, scale, bias, y, pre, comb, weight = leaves
     u, x = mhc_collapse_norm(x, pre, weight, norm_eps=1e-6, backend=backend)
     options = {"iters": 5, "eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
-    out, weights = mhc_write_back_coefficients(x, y, pre, comb, phi, scale, bias, **options)
-    results = [u, out, *weights]
+    results = [u, *mhc_seam(x, y, pre, comb, phi, scale, bias, weight, **options)]
     grads = [random(*result.shape, device=device) for result in results]
     return [*results, *torch.autograd.grad(results, leaves, grads)]

@@ -11,10 +11,9 @@ from model1.config import ModelConfig
 from model1.nn.attention import Attention
 from model1.nn.engram import Engram
 from model1.nn.layers import RmsNorm
-from model1.nn.mhc import HyperConnection
+from model1.nn.mhc import HyperConnection, Start
 from model1.nn.moe import FeedForward, MixtureOfExperts
 from model1.ops.engram import HashSpec
-from model1.ops.mhc import MhcCoefficients
 
 if TYPE_CHECKING:
     from model1.nn.context import Context
@@ -52,59 +51,62 @@ class Block(nn.Module):
         self.after = torch.compile(self.after, *args, **kwargs)
 
     @property
-    def first_connection(self) -> HyperConnection | None:
-        """What may weigh the streams as the layer before writes them; a memory changes them."""
-        return self.mhc_attn if self.engram is None else None
+    def entrance(self) -> tuple[HyperConnection, RmsNorm] | None:
+        """What collapses the streams as the layer before writes them; a memory changes them."""
+        if self.mhc_attn is None or self.engram is not None:
+            return None
+        return self.mhc_attn, self.attn_norm
 
     def forward(
         self,
         x: Tensor,
         rows: Tensor | None,
         context: Context,
-        weights: MhcCoefficients | None = None,
-        behind: HyperConnection | None = None,
-    ) -> tuple[Tensor, MhcCoefficients | None]:
-        """The streams, and what the layer behind mixes them with.
+        start: Start | None = None,
+        behind: tuple[HyperConnection, RmsNorm] | None = None,
+    ) -> tuple[Tensor, Start | None]:
+        """The streams, and what the layer behind starts from.
 
-        rows: this layer's Engram rows, None where it has no memory. weights: what the layer before
-        returned, None if it knew no `behind`, the next layer's `first_connection`.
+        rows: this layer's Engram rows, None where it has no memory. start: what the layer before
+        returned, None if it knew no `behind`, the next layer's `entrance`.
         """
-        x, weights, q, kv, gate = self.before(x, rows, context, weights)
+        x, start, q, kv, gate = self.before(x, rows, context, start)
         out = context.attend(self.layer_id, q, kv, self.attn.spec)
-        return self.after(x, weights, out, gate, context, behind)
+        return self.after(x, start, out, gate, context, behind)
 
     def before(
-        self, x: Tensor, rows: Tensor | None, context: Context, weights: MhcCoefficients | None
-    ) -> tuple[Tensor, MhcCoefficients | None, Tensor, Tensor, Tensor | None]:
-        """Streams, mixing weights, queries, latents and the output's gate."""
+        self, x: Tensor, rows: Tensor | None, context: Context, start: Start | None
+    ) -> tuple[Tensor, Start | None, Tensor, Tensor, Tensor | None]:
+        """Streams, what the attention started from, queries, latents and the output's gate."""
         if self.engram is not None:
             assert rows is not None
             x = self.engram(x, rows, context)
         if self.mhc_attn is None:
             u = self.attn_norm(x[:, 0])
         else:
-            weights = self.mhc_attn.coefficients(x) if weights is None else weights
-            u, x = self.mhc_attn.collapse_norm(x, weights, self.attn_norm)
+            if start is None:
+                x, start = self.mhc_attn.enter(x, self.attn_norm)
+            u = start.u
         q, kv, gate = self.attn.project(self.layer_id, u, context)
-        return x, weights, q, kv, gate
+        return x, start, q, kv, gate
 
     def after(
         self,
         x: Tensor,
-        weights: MhcCoefficients | None,
+        start: Start | None,
         out: Tensor,
         gate: Tensor | None,
         context: Context,
-        behind: HyperConnection | None,
-    ) -> tuple[Tensor, MhcCoefficients | None]:
+        behind: tuple[HyperConnection, RmsNorm] | None,
+    ) -> tuple[Tensor, Start | None]:
         """Output projection, write-back and the feed-forward sublayer."""
         y = self.attn.finish(out.type_as(x), gate, context)
-        if self.mhc_ffn is None or weights is None:
+        if self.mhc_ffn is None or start is None:
             u, total = self.ffn_norm.of_sum(y, x[:, 0])
             return (total + self.ffn(u))[:, None], None
-        x, weights = self.mhc_ffn.write_back_after(x, y, weights)
-        u, x = self.mhc_ffn.collapse_norm(x, weights, self.ffn_norm)
-        y = self.ffn(u)
+        x, start = self.mhc_ffn.enter_after(x, y, start, self.ffn_norm)
+        y = self.ffn(start.u)
         if behind is None:
-            return self.mhc_ffn.write_back(x, y, weights), None
-        return behind.write_back_after(x, y, weights)
+            return self.mhc_ffn.write_back(x, y, start), None
+        connection, norm = behind
+        return connection.enter_after(x, y, start, norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,20 @@ from model1.ops.mhc import (
     mhc_head,
     mhc_write_back,
 )
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_seam
 
 ALPHA_INIT = 0.01  # arXiv 2512.24880, initial gate of the input-dependent part
+
+
+class Start(NamedTuple):
+    """What a sublayer reads, and what its result is written back with."""
+
+    u: Tensor  # [t, c], normalised
+    post: Tensor  # [t, n] fp32
+    comb: Tensor  # [t, n, n] fp32
+
+
+_Weights = TypeVar("_Weights", MhcCoefficients, Start)
 
 
 class HyperConnection(nn.Module):
@@ -46,32 +59,32 @@ class HyperConnection(nn.Module):
         )  # fmt: skip
         return self._noted(weights)
 
-    def collapse_norm(
-        self, x: Tensor, weights: MhcCoefficients, norm: RmsNorm
-    ) -> tuple[Tensor, Tensor]:
-        """The sublayer's normalised input [t, c], and x for the write-back."""
-        return mhc_collapse_norm(x, weights.pre, norm.weight, norm_eps=norm.eps)
+    def enter(self, x: Tensor, norm: RmsNorm) -> tuple[Tensor, Start]:
+        """x [t, n, c] to be written back to, and what this sublayer starts from on it."""
+        weights = self.coefficients(x)
+        u, x = mhc_collapse_norm(x, weights.pre, norm.weight, norm_eps=norm.eps)
+        return x, Start(u, weights.post, weights.comb)
 
-    def write_back(self, x: Tensor, y: Tensor, weights: MhcCoefficients) -> Tensor:
-        """New streams [t, n, c] from the sublayer's output y [t, c]."""
-        return mhc_write_back(x, y, weights.post, weights.comb)
-
-    def write_back_after(
-        self, x: Tensor, y: Tensor, weights: MhcCoefficients
-    ) -> tuple[Tensor, MhcCoefficients]:
-        """The same by another sublayer's weights, and the mixing weights of this one behind it."""
-        x, new = mhc_write_back_coefficients(
-            x, y, weights.post, weights.comb, self.fn, self._column_scale(), self.base,
+    def enter_after(
+        self, x: Tensor, y: Tensor, start: Start, norm: RmsNorm
+    ) -> tuple[Tensor, Start]:
+        """The same on the streams that the sublayer before, which began from start, makes of y."""
+        x, *new = mhc_seam(
+            x, y, start.post, start.comb, self.fn, self._column_scale(), self.base, norm.weight,
             iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
         )  # fmt: skip
-        return x, self._noted(new)
+        return x, self._noted(Start(*new))
+
+    def write_back(self, x: Tensor, y: Tensor, weights: MhcCoefficients | Start) -> Tensor:
+        """New streams [t, n, c] from the sublayer's output y [t, c]."""
+        return mhc_write_back(x, y, weights.post, weights.comb)
 
     def _column_scale(self) -> Tensor:
         # the gradient of index_select adds in no fixed order on a GPU, that of an index does
         is_trained = torch.is_grad_enabled()
         return self.scale[self.group] if is_trained else self.scale.index_select(0, self.group)
 
-    def _noted(self, weights: MhcCoefficients) -> MhcCoefficients:
+    def _noted(self, weights: _Weights) -> _Weights:
         if self.worst_error is not None:
             self.worst_error = torch.maximum(self.worst_error, sinkhorn_error(weights))
         return weights
@@ -99,7 +112,7 @@ class HyperHead(nn.Module):
         return mhc_collapse_norm(x, self.weights(x), norm.weight, norm_eps=norm.eps)[0]
 
 
-def sinkhorn_error(weights: MhcCoefficients) -> Tensor:
+def sinkhorn_error(weights: MhcCoefficients | Start) -> Tensor:
     """Largest distance of any row or column sum of comb from 1, a scalar for the training log."""
     rows = (weights.comb.sum(dim=-1) - 1.0).abs().amax()
     columns = (weights.comb.sum(dim=-2) - 1.0).abs().amax()

@@ -182,14 +182,14 @@ class Model(nn.Module):
         """Embedding to final norm, [t, c], or only the given rows of it."""
         x = F.embedding(token_ids, self.embed.weight).to(dtype)
         x = x[:, None].expand(-1, self.config.num_streams, -1)
-        weights = None
+        start = None
         for layer, following in zip_longest(self.layers, self.layers[1:]):
             engram = layer.engram
             memory = None
             if isinstance(engram, Engram):
                 memory = engram.rows(ngram_token_ids, self.compression_table)
-            behind = None if following is None else following.first_connection
-            x, weights = layer(x, memory, context, weights, behind)
+            behind = None if following is None else following.entrance
+            x, start = layer(x, memory, context, start, behind)
         return self.exit(x if rows is None else x[rows])
 
     def exit(self, x: Tensor) -> Tensor:

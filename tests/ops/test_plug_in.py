@@ -229,9 +229,7 @@ SMALL = (
 
 
 MHC = [f"mhc_{x}{y}" for x in ("coefficients", "collapse", "write_back") for y in ("", "_backward")]
-CHAIN = [
-    f"mhc_{x}{y}" for x in ("collapse_norm", "write_back_coefficients") for y in ("", "_backward")
-]
+CHAIN = [f"mhc_{x}{y}" for x in ("collapse_norm", "seam") for y in ("", "_backward")]
 # What the operators' own tests check only of kernels: gradients, quantised stores, long calls. The
 # other operators are tested by those alone.
 CASES: dict[str, Case] = (

@@ -1,21 +1,22 @@
-"""Sublayers in a row: the fused forms of collapse, norm, write-back and coefficients.
+"""Sublayers in a row: what lies between two of them as one operator.
 
-    u, x = mhc_collapse_norm(x, weights.pre, norm_weight);   y = F(u)
-    x, weights = mhc_write_back_coefficients(x, y, weights.post, weights.comb, phi, scale, bias)
+    x, u, post, comb = mhc_seam(x, F(u), post, comb, phi, scale, bias, norm_weight)
 
-A sublayer reads the streams three times and writes them once, forward. Backward their gradient
-passes through each operator once, and PyTorch adds none. The first sublayer's coefficients are
-those of `model1.ops.mhc.mhc_coefficients`.
+writes a sublayer's result back, weighs the new streams and collapses them for the next sublayer.
+Forward the streams are read three times and written once; backward their own gradient, which three
+operators make and four need, is written nowhere. The first sublayer's u is that of
+`mhc_collapse_norm` by `model1.ops.mhc.mhc_coefficients`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model1.ops.backend import calls_ref_directly
-from model1.ops.mhc import MhcCoefficients
-from model1.ops.mhc.chain_dispatch import COLLAPSE_NORM, WRITE_BACK_COEFFICIENTS, CollapseNorm
+from model1.ops.mhc.chain_dispatch import COLLAPSE_NORM, SEAM, CollapseNorm
 from model1.ops.mhc.checks import (
     check_coefficients,
     check_collapse,
@@ -24,7 +25,16 @@ from model1.ops.mhc.checks import (
     check_write_back,
     usable,
 )
-from model1.ops.mhc.ref import mhc_collapse_norm_ref, mhc_write_back_coefficients_ref
+from model1.ops.mhc.ref import mhc_collapse_norm_ref, mhc_seam_ref
+
+
+class MhcSeam(NamedTuple):
+    """What the second sublayer starts from."""
+
+    x: Tensor  # [t, n, c], the new streams
+    u: Tensor  # [t, c], collapsed and normalised
+    post: Tensor  # [t, n] fp32
+    comb: Tensor  # [t, n, n] fp32
 
 
 def mhc_collapse_norm(
@@ -49,27 +59,27 @@ def mhc_collapse_norm(
     return CollapseNorm.apply(x, pre, weight, norm_eps, name)
 
 
-def mhc_write_back_coefficients(
-    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
-    iters: int, eps: float, norm_eps: float, backend: str = "auto",
-) -> tuple[Tensor, MhcCoefficients]:  # fmt: skip
-    """x' = `mhc_write_back`(x, y, post, comb), and `mhc_coefficients`(x', phi, scale, bias).
+def mhc_seam(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor, *, iters: int, eps: float, norm_eps: float, backend: str = "auto",
+) -> MhcSeam:  # fmt: skip
+    """The seam of two sublayers, the first of which returned y.
 
-    Shapes and the rest as there; post and comb are this sublayer's, phi, scale and bias the next
-    one's. The coefficients are of x' as it is stored, rounded to the dtype of x: they differ from
-    those of two calls in the order of sums alone.
+    x' = `mhc_write_back`(x, y, post, comb); pre', post', comb' = `mhc_coefficients`(x', phi, scale,
+    bias); u' = `mhc_collapse_norm`(x', pre', weight). norm_eps is that of both root mean squares.
+
+    Shapes and the rest as there; post and comb are the first sublayer's, phi, scale, bias and
+    weight the second's. The coefficients are of x' as it is stored, rounded to the dtype of x. The
+    result has the bits of the three calls; gradients differ from theirs in rounding.
     """
-    name = WRITE_BACK_COEFFICIENTS.resolve(usable(backend, x), x.device)
-    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     check_sizes(x, phi, scale, bias, iters)
+    name = SEAM.resolve(usable(backend, x), x.device)
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     if not calls_ref_directly(name):
         check_write_back(x, y, post, comb)
         check_coefficients(x, phi, scale, bias)
+        check_norm(x, weight)
     if name == "ref":
-        out, *weights = mhc_write_back_coefficients_ref(
-            x, y, post, comb, phi, scale, bias, **options
-        )
-        return out, MhcCoefficients(*weights)
-    run = torch.ops.model1.mhc_write_back_coefficients
-    out, *weights = run(x, y, post, comb, phi, scale, bias, iters, eps, norm_eps, name)[:4]
-    return out, MhcCoefficients(*weights)
+        return MhcSeam(*mhc_seam_ref(x, y, post, comb, phi, scale, bias, weight, **options)[:4])
+    run = torch.ops.model1.mhc_seam
+    return MhcSeam(*run(x, y, post, comb, phi, scale, bias, weight, *options.values(), name)[:4])

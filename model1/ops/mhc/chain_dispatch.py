@@ -15,10 +15,8 @@ from model1.ops.mhc.dispatch import like, operator
 
 COLLAPSE_NORM = operator("mhc_collapse_norm", "portable_chain")
 COLLAPSE_NORM_BACKWARD = operator("mhc_collapse_norm_backward", "portable_chain_backward")
-WRITE_BACK_COEFFICIENTS = operator("mhc_write_back_coefficients", "portable_chain")
-WRITE_BACK_COEFFICIENTS_BACKWARD = operator(
-    "mhc_write_back_coefficients_backward", "portable_chain_backward"
-)
+SEAM = operator("mhc_seam", "portable_chain")
+SEAM_BACKWARD = operator("mhc_seam_backward", "portable_seam_backward")
 
 
 @torch.library.custom_op("model1::mhc_collapse_norm", mutates_args=())
@@ -43,8 +41,8 @@ def _collapse_norm_backward(
     return run(grad.contiguous(), passed, x, pre, weight, norm_eps=norm_eps)
 
 
-@torch.library.custom_op("model1::mhc_write_back_coefficients", mutates_args=())
-def _write_back_coefficients(
+@torch.library.custom_op("model1::mhc_seam", mutates_args=())
+def _seam(
     x: Tensor,
     y: Tensor,
     post: Tensor,
@@ -52,22 +50,22 @@ def _write_back_coefficients(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    weight: Tensor,
     iters: int,
     eps: float,
     norm_eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # the fifth is for the gradient of the Triton backend; others return four
-    run, options = WRITE_BACK_COEFFICIENTS.load(backend), {"eps": eps, "norm_eps": norm_eps}
-    out, pre, *rest = run(x, y, post, comb, phi, scale, bias, iters=iters, **options)
-    new_post, new_comb, *saved = rest
-    return out, pre, new_post, new_comb, saved[0] if saved else pre.new_empty(0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # new x, u, post, comb and pre; the sixth is for the gradient of the Triton backend
+    arguments = x, y, post, comb, phi, scale, bias, weight
+    out = SEAM.load(backend)(*arguments, iters=iters, eps=eps, norm_eps=norm_eps)
+    return *out[:5], out[5] if len(out) > 5 else out[4].new_empty(0)
 
 
-@torch.library.custom_op("model1::mhc_write_back_coefficients_backward", mutates_args=())
-def _write_back_coefficients_backward(
+@torch.library.custom_op("model1::mhc_seam_backward", mutates_args=())
+def _seam_backward(
     d_out: Tensor,
-    d_pre: Tensor,
+    d_u: Tensor,
     d_post: Tensor,
     d_comb: Tensor,
     x: Tensor,
@@ -77,17 +75,19 @@ def _write_back_coefficients_backward(
     phi: Tensor,
     scale: Tensor,
     bias: Tensor,
+    weight: Tensor,
     out: Tensor,
+    pre: Tensor,
     saved: Tensor,
     iters: int,
     eps: float,
     norm_eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = (grad.contiguous() for grad in (d_out, d_pre, d_post, d_comb))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = (grad.contiguous() for grad in (d_out, d_u, d_post, d_comb))
+    inputs = x, y, post, comb, phi, scale, bias, weight
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-    run = WRITE_BACK_COEFFICIENTS_BACKWARD.load(backend)
-    return run(*grads, x, y, post, comb, phi, scale, bias, out, saved, **options)
+    return SEAM_BACKWARD.load(backend)(*grads, *inputs, out, pre, saved, **options)
 
 
 @_collapse_norm.register_fake
@@ -95,17 +95,17 @@ def _(x: Tensor, *args: object) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2])
 
 
-@_write_back_coefficients.register_fake
-def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    t, n, _ = x.shape
+@_seam.register_fake
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    t, n, c = x.shape
     saved = (t, args[3].shape[0] + 1) if args[-1] == "triton" else (0,)
-    new = (x.new_empty(shape, dtype=torch.float32) for shape in ((t, n), (t, n), (t, n, n), saved))
-    pre, post, comb, rest = new
-    return x.new_empty(x.shape), pre, post, comb, rest
+    new = (x.new_empty(shape, dtype=torch.float32) for shape in ((t, n), (t, n, n), (t, n), saved))
+    post, comb, pre, rest = new
+    return x.new_empty(x.shape), x.new_empty(t, c), post, comb, pre, rest
 
 
 _collapse_norm_backward.register_fake(lambda *args: like(*args[2:5]))
-_write_back_coefficients_backward.register_fake(lambda *args: like(*args[4:11]))
+_seam_backward.register_fake(lambda *args: like(*args[4:12]))
 
 
 class CollapseNorm(torch.autograd.Function):
@@ -139,17 +139,17 @@ def _back_through_collapse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *run(grad, None, *ctx.saved_tensors, *ctx.fields), None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.fields = inputs[7:]
-    ctx.mark_non_differentiable(output[4])
-    # the new streams too, which the next collapse keeps anyway
-    ctx.save_for_backward(*inputs[:7], output[0], output[4])
+def _save_seam(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.fields = inputs[8:]
+    ctx.mark_non_differentiable(*output[4:])
+    # the new streams too, which the next write-back keeps anyway
+    ctx.save_for_backward(*inputs[:8], output[0], *output[4:])
 
 
-def _back_through_write_back(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    run = torch.ops.model1.mhc_write_back_coefficients_backward
+def _back_through_seam(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    run = torch.ops.model1.mhc_seam_backward
     return *run(*grads[:4], *ctx.saved_tensors, *ctx.fields), None, None, None, None
 
 
 _collapse_norm.register_autograd(_back_through_collapse, setup_context=_save_collapse)
-_write_back_coefficients.register_autograd(_back_through_write_back, setup_context=_save)
+_seam.register_autograd(_back_through_seam, setup_context=_save_seam)

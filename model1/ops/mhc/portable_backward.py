@@ -1,9 +1,9 @@
 """Triton kernels for the gradient of the hyper-connection coefficients.
 
 The first goes from the coefficients back to the products of phi and the streams: it repeats the
-Sinkhorn rounds of its tokens into a workspace and walks back through them. The second reads the
-streams once for both their own gradient and that of phi. Sums over tokens are written in parts and
-added up in a fixed order.
+Sinkhorn rounds of its tokens, with their divisors into a workspace, and walks back through them.
+The second reads the streams once for both their own gradient and that of phi. Sums over tokens are
+written in parts and added up in a fixed order.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type, and loops over
 # tl.static_range exist only when compiled.
@@ -12,7 +12,7 @@ added up in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,100 +26,118 @@ from model1.ops.mhc.portable import (
     SHIPPED,
     SHIPPED_WIDTH,
     Config,
-    affine,
+    block_width,
     compile_case,
-    matrix_constants,
     project_constants,
     with_adjacent_channels,
 )
-from model1.ops.mhc.portable_rounds import (
-    matrix_columns,
-    normalised,
-    normalised_bwd,
-    row_softmax,
-    vector_columns,
+from model1.ops.mhc.portable_rounds_backward import (
+    affine_entries,
+    divided_round,
+    divided_round_bwd,
+    row_softmaxes,
+    row_softmaxes_bwd,
+    token_columns,
 )
 from model1.ops.rounding import round_to
 
+TOKENS = 32  # of one warp, whose threads hold a token's matrix each
 SHORT = Config(block_t=32, block_c=64, num_warps=4, num_stages=3, programs_per_sm=4)
 # products in fp32 take more registers
 FULL_PRECISION = Config(block_t=32, block_c=32, num_warps=4, num_stages=2, programs_per_sm=4)
 
 
+@triton.jit
+def _group_bwd(
+    grad, z, factor_ptr, sums_ptr, FIRST: tl.constexpr, NUM: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """From gradients of NUM logits to those of z, and the sum of both; stores sums over tokens."""
+    along = tl.zeros_like(grad[0])
+    new = ()
+    for i in tl.static_range(NUM):
+        tl.store(sums_ptr + FIRST + i, tl.sum(grad[i] * z[i], axis=0))
+        tl.store(sums_ptr + WIDTH + FIRST + i, tl.sum(grad[i], axis=0))
+        scaled = grad[i] * tl.load(factor_ptr + FIRST + i).to(tl.float32)
+        along = tl.fma(scaled, z[i], along)
+        new += (scaled,)
+    return new, along
+
+
 @triton.jit(do_not_specialize=["t", "iters"])
 def _coefficients_bwd_kernel(
     d_pre_ptr, d_post_ptr, d_comb_ptr, saved_ptr, scale_ptr, bias_ptr,
-    rounds_ptr, d_product_ptr, d_scale_ptr, d_bias_ptr, t, iters, eps,
-    N: tl.constexpr, C: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
+    totals_ptr, d_product_ptr, short_ptr, sums_ptr, t, iters, eps,
+    N: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    # rounds [t, 2 iters - 1, N, N]: comb before each normalisation. d_product [t, BLOCK_W]: of
-    # phi x, then what x itself is multiplied by. d_scale, d_bias: [programs, WIDTH].
+    # totals [2 iters - 1, N, tokens]: what each normalisation divides by, which leads back from its
+    # result to what it took. d_product [t, BLOCK_W]: of phi x, then what x itself is multiplied
+    # by; short [t, WIDTH]: the first rounded. sums [programs, 2, WIDTH]: for scale, for bias.
     WIDTH: tl.constexpr = N * N + 2 * N
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    j, is_j = vector_columns(N, SIZE)
-    entry, is_entry = matrix_columns(N, SIZE)
     is_token = token < t
-    is_vector = is_token[:, None] & is_j
-    is_matrix = is_token[:, None, None] & is_entry
-
     saved = saved_ptr + token * (WIDTH + 1)
     rstd = tl.load(saved + WIDTH, mask=is_token, other=0.0)
-    z = tl.load(saved[:, None, None] + 2 * N + entry, mask=is_matrix, other=0.0)
-    comb = affine(z, scale_ptr + 2 * N, bias_ptr + 2 * N, entry, is_entry)
-    softmax = row_softmax(comb, is_entry, N)
-    comb = tl.where(is_entry, softmax + eps, 0.0)
-    rounds = rounds_ptr + token[:, None, None] * ((2 * iters - 1) * N * N) + entry
-    tl.store(rounds, comb, mask=is_matrix)
-    comb = normalised(comb, is_entry, eps, 1)
+    z = token_columns(saved, is_token, 0, WIDTH)
+    softmax = row_softmaxes(affine_entries(z, scale_ptr, bias_ptr, 2 * N, N * N), N)
+    comb = ()
+    for i in tl.static_range(N * N):
+        comb += (softmax[i] + eps,)
+    # only the thread that wrote a total reads it
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK_T
+    totals = totals_ptr + token
+    comb = divided_round(comb, totals, stride, eps, True, N)
     for _ in range(iters - 1):
-        rounds += N * N
-        tl.store(rounds, comb, mask=is_matrix)
-        comb = normalised(comb, is_entry, eps, 2)
-        rounds += N * N
-        tl.store(rounds, comb, mask=is_matrix)
-        comb = normalised(comb, is_entry, eps, 1)
-    # what one thread wrote another may read
+        totals += N * stride
+        comb = divided_round(comb, totals, stride, eps, False, N)
+        totals += N * stride
+        comb = divided_round(comb, totals, stride, eps, True, N)
     tl.debug_barrier()
-    grad = tl.load(
-        d_comb_ptr + token[:, None, None] * (N * N) + entry, mask=is_matrix, other=0.0
-    )  # fmt: skip
+    grad = token_columns(d_comb_ptr + token * (N * N), is_token, 0, N * N)
     for _ in range(iters - 1):
-        before = tl.load(rounds, mask=is_matrix, other=0.0)
-        grad = normalised_bwd(grad, comb, before, is_entry, eps, 1)
-        rounds -= N * N
-        comb = tl.load(rounds, mask=is_matrix, other=0.0)
-        grad = normalised_bwd(grad, before, comb, is_entry, eps, 2)
-        rounds -= N * N
-    before = tl.load(rounds, mask=is_matrix, other=0.0)
-    grad = normalised_bwd(grad, comb, before, is_entry, eps, 1)
-    grad = softmax * (grad - tl.sum(grad * softmax, axis=2, keep_dims=True))
-    # where there is no token an eps of 0 gives NaN, which the sums over tokens must not meet
-    grad = tl.where(is_matrix, grad, 0.0)
+        grad, comb = divided_round_bwd(grad, comb, totals, stride, True, N)
+        totals -= N * stride
+        grad, comb = divided_round_bwd(grad, comb, totals, stride, False, N)
+        totals -= N * stride
+    grad, comb = divided_round_bwd(grad, comb, totals, stride, True, N)
+    grad = row_softmaxes_bwd(grad, softmax, N)
 
-    at = tl.program_id(0) * WIDTH + 2 * N + entry
-    tl.store(d_bias_ptr + at, tl.sum(grad, axis=0)[None], mask=is_entry)
-    tl.store(d_scale_ptr + at, tl.sum(grad * z, axis=0)[None], mask=is_entry)
-    scale = tl.load(scale_ptr + 2 * N + entry, mask=is_entry, other=0.0).to(tl.float32)
-    grad *= scale
-    along = tl.sum(tl.sum(grad * z, axis=2), axis=1)
-    product = d_product_ptr + token * BLOCK_W
-    value = grad * rstd[:, None, None]
-    tl.store(product[:, None, None] + 2 * N + entry, value, mask=is_matrix)
+    sums = sums_ptr + tl.program_id(0) * (2 * WIDTH)
+    grad, along = _group_bwd(grad, z[2 * N :], scale_ptr, sums, 2 * N, N * N, WIDTH)
+    store_product(
+        grad, rstd, token, is_token, d_product_ptr, short_ptr,
+        2 * N, N * N, WIDTH, BLOCK_W, INTERPRETED,
+    )  # fmt: skip
     for is_post in tl.static_range(2):
         d_ptr = d_post_ptr if is_post else d_pre_ptr
-        first = is_post * N
-        z = tl.load(saved[:, None] + first + j, mask=is_vector, other=0.0)
-        weight = tl.sigmoid(affine(z, scale_ptr + first, bias_ptr + first, j, is_j))
-        grad = tl.load(d_ptr + token[:, None] * N + j, mask=is_vector, other=0.0)
-        grad *= (1 + is_post) * weight * (1.0 - weight)
-        at = tl.program_id(0) * WIDTH + first + j
-        tl.store(d_bias_ptr + at, tl.sum(grad, axis=0)[None], mask=is_j)
-        tl.store(d_scale_ptr + at, tl.sum(grad * z, axis=0)[None], mask=is_j)
-        grad *= tl.load(scale_ptr + first + j, mask=is_j, other=0.0).to(tl.float32)
-        along += tl.sum(grad * z, axis=1)
-        tl.store(product[:, None] + first + j, grad * rstd[:, None], mask=is_vector)
-    tl.store(product + WIDTH, -along * rstd * rstd / (N * C), mask=is_token)
+        logits = affine_entries(z, scale_ptr, bias_ptr, is_post * N, N)
+        given = token_columns(d_ptr + token * N, is_token, 0, N)
+        d_logits = ()
+        for i in tl.static_range(N):
+            weight = tl.sigmoid(logits[i])
+            d_logits += (given[i] * ((1 + is_post) * weight * (1.0 - weight)),)
+        of_z = z[is_post * N : is_post * N + N]
+        d_logits, more = _group_bwd(d_logits, of_z, scale_ptr, sums, is_post * N, N, WIDTH)
+        along += more
+        store_product(
+            d_logits, rstd, token, is_token, d_product_ptr, short_ptr,
+            is_post * N, N, WIDTH, BLOCK_W, INTERPRETED,
+        )  # fmt: skip
+    spread = -along * rstd * rstd / (N * C)
+    tl.store(d_product_ptr + token * BLOCK_W + WIDTH, spread, mask=is_token)
+
+
+@triton.jit
+def store_product(
+    grad, rstd, token, is_token, d_product_ptr, short_ptr, FIRST: tl.constexpr, NUM: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of NUM columns of phi x, as they are and rounded."""
+    for i in tl.static_range(NUM):
+        value = grad[i] * rstd
+        tl.store(d_product_ptr + token * BLOCK_W + FIRST + i, value, mask=is_token)
+        short = round_to(value, short_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(short_ptr + token * WIDTH + FIRST + i, short, mask=is_token)
 
 
 @triton.jit(do_not_specialize=["t", "splits", "tokens_per_split"])
@@ -187,39 +205,42 @@ def mhc_coefficients_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, phi, scale and bias; see `mhc_coefficients_backward_ref`."""
     grads = d_pre, d_post, d_comb
-    d_product, d_scale, d_bias = product_gradient(
-        grads, x.shape, scale, bias, saved, iters=iters, eps=eps
-    )
-    d_x, d_phi = stream_gradient(x, phi, d_product, config)
-    return d_x, d_phi, d_scale, d_bias
+    product = product_gradient(grads, x, scale, bias, saved, iters=iters, eps=eps)
+    d_x, d_phi = stream_gradient(x, phi, product.full, config)
+    return d_x, d_phi, product.d_scale, product.d_bias
+
+
+class ProductGradient(NamedTuple):
+    """Gradient of the products of phi and the streams, and those of scale and bias."""
+
+    full: Tensor  # [t, BLOCK_W] fp32; column n*n + 2n is what x itself is multiplied by
+    short: Tensor  # [t, n*n + 2n] in the dtype of x
+    d_scale: Tensor
+    d_bias: Tensor
 
 
 def product_gradient(
-    grads: tuple[Tensor, Tensor, Tensor], shape: torch.Size, scale: Tensor, bias: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], x: Tensor, scale: Tensor, bias: Tensor,
     saved: Tensor, *, iters: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """From gradients of pre, post and comb to those of the products, scale and bias.
-
-    The first, [t, BLOCK_W] fp32: of phi flat(x), and in column n*n + 2n the factor of x itself that
-    comes of its root mean square.
-    """
-    (t, n, c), width, device = shape, len(scale), saved.device
-    constants = matrix_constants(n, c)
-    num_programs = -(-t // constants["BLOCK_T"])
-    d_product = torch.empty(t, constants["BLOCK_W"], dtype=torch.float32, device=device)
-    d_scale, d_bias = (
-        torch.empty(num_programs, width, dtype=torch.float32, device=device) for _ in range(2)
-    )
+) -> ProductGradient:  # fmt: skip
+    """From gradients of pre, post and comb to those of the products, scale and bias."""
+    (t, n, c), width, device = x.shape, len(scale), saved.device
+    num_programs, block_w = -(-t // TOKENS), block_width(width)
+    full = torch.empty(t, block_w, dtype=torch.float32, device=device)
+    short = torch.empty(t, width, dtype=x.dtype, device=device)
+    sums = torch.empty(num_programs, 2, width, dtype=torch.float32, device=device)
     if t > 0:
-        rounds = torch.empty(t, 2 * iters - 1, n, n, dtype=torch.float32, device=device)
+        size = num_programs * TOKENS * n * (2 * iters - 1)
+        totals = torch.empty(size, dtype=torch.float32, device=device)
         kernel: Any = _coefficients_bwd_kernel
         with torch.cuda.device_of(saved):
             kernel[(num_programs,)](
-                *grads, saved, scale.contiguous(), bias.contiguous(),
-                rounds, d_product, d_scale, d_bias, t, iters, eps,
-                **constants, **launch_options(1, 1),
+                *grads, saved, scale.contiguous(), bias.contiguous(), totals, full, short, sums,
+                t, iters, eps, N=n, C=c, INTERPRETED=knobs.runtime.interpret, BLOCK_T=TOKENS,
+                BLOCK_W=block_w, **launch_options(1, 1),
             )  # fmt: skip
-    return d_product, d_scale.sum(0).to(scale.dtype), d_bias.sum(0).to(bias.dtype)
+    d_scale, d_bias = (sums[:, i].sum(0) for i in range(2))
+    return ProductGradient(full, short, d_scale.to(scale.dtype), d_bias.to(bias.dtype))
 
 
 def stream_gradient(
@@ -262,7 +283,9 @@ def token_splits(t: int, blocks: int, config: Config, sms: int) -> tuple[int, in
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Gradients of four streams of 4096 channels."""
-    config, first = SHORT, matrix_constants(*SHIPPED)
+    n, c = SHIPPED
+    config, block_w = SHORT, block_width(SHIPPED_WIDTH)
+    first = {"N": n, "C": c, "INTERPRETED": False, "BLOCK_T": TOKENS, "BLOCK_W": block_w}
     second = project_constants(*SHIPPED, SHIPPED_WIDTH, config)
     cases = [compile_case("coefficients backward", _coefficients_bwd_kernel, first, 1)]
     for name, is_passed in (("project backward", False), ("project backward and add", True)):

@@ -74,15 +74,17 @@ def mhc_collapse_norm_triton(x: Tensor, pre: Tensor, weight: Tensor, *, norm_eps
     return out
 
 
-def mhc_write_back_coefficients_triton(
-    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
-    iters: int, eps: float, norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The new streams, then what `mhc_coefficients_triton` returns for them."""
+def mhc_seam_triton(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """New streams, u, post, comb and pre, then what the gradient needs of the coefficients."""
     check_kernel_streams(x)
     out = mhc_write_back_triton(x, y, post, comb)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-    return out, *mhc_coefficients_triton(out, phi, scale, bias, **options)
+    pre, post, comb, saved = mhc_coefficients_triton(out, phi, scale, bias, **options)
+    u = mhc_collapse_norm_triton(out, pre, weight, norm_eps=norm_eps)
+    return out, u, post, comb, pre, saved
 
 
 def row_launch(

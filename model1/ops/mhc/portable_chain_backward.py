@@ -25,25 +25,20 @@ from torch import Tensor
 from triton import knobs
 
 from model1.ops.compile_cases import CompileCase, KernelTarget
-from model1.ops.launch import device_target, num_sms
+from model1.ops.launch import device_target, launch_options, num_sms
 from model1.ops.mhc.portable import (
     SHIPPED,
     compile_case,
     with_adjacent_channels,
 )
-from model1.ops.mhc.portable_backward import product_gradient, stream_gradient
 from model1.ops.mhc.portable_chain import row_launch
-from model1.ops.mhc.portable_streams import (
-    mhc_write_back_backward_triton,
-    numbers,
-    tiles,
-)
+from model1.ops.mhc.portable_streams import LOAD_BYTES, NARROW, numbers, run_sum, tiles
 from model1.ops.rounding import round_to
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How the collapse's gradient is cut: num_stages - 1 tokens of a program are on their way."""
+    """How the collapse's gradient is cut: num_stages - 1 tiles of a program are on their way."""
 
     channels_per_thread: int
     num_stages: int
@@ -55,6 +50,10 @@ class RowConfig:
 # 74 KB of four bf16 streams of 4096 channels on their way to each SM while a token is computed
 ROWS = RowConfig(channels_per_thread=8, num_stages=2, programs_per_sm=1)
 SCRATCH_BYTES = 17 << 10  # of shared memory, for sums
+# A warp that takes a whole token holds it in pieces of what one load of its threads brings.
+# Not yet measured.
+PIECE = 256
+NARROW_PROGRAMS_PER_SM = 12
 
 
 @triton.jit
@@ -83,39 +82,76 @@ def weighted(x, weights, N: tl.constexpr):
 @triton.jit(do_not_specialize=["t"])
 def _collapse_norm_bwd_kernel(
     grad_ptr, passed_ptr, x_ptr, stride_x_t, stride_x_n, pre_ptr, weight_ptr,
-    d_x_ptr, d_pre_ptr, d_weight_ptr, t, norm_eps,
-    N: tl.constexpr, C: tl.constexpr, IS_PASSED: tl.constexpr, REGISTER: tl.constexpr,
-    BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    d_x_ptr, d_pre_ptr, stats_ptr, d_weight_ptr, t, norm_eps,
+    N: tl.constexpr, C: tl.constexpr, HAS_D_X: tl.constexpr, IS_PASSED: tl.constexpr,
+    REGISTER: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    # d_weight [programs, C]
+    # stats [t, 2]: one over the root mean square, and the part of the norm's gradient along its
+    # result. d_weight [programs, C].
     INTERPRETED: tl.constexpr = REGISTER == ""
     DTYPE: tl.constexpr = d_x_ptr.dtype.element_ty
-    channel = tl.arange(0, BLOCK_C)
-    inside = channel < C
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    d_weight = tl.zeros((BLOCK_C,), tl.float32)
+    PIECES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    d_weight = ()
+    for _ in tl.static_range(PIECES):
+        d_weight += (tl.zeros((BLOCK_C,), tl.float32),)
     for index in tl.range(tl.program_id(0), t, tl.num_programs(0), num_stages=STAGES):
         token = tl.cast(index, tl.int64)
         pre = numbers(pre_ptr + token * N, 0, 1, N)
-        x = tiles(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
-        grad = tl.load(grad_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
-        collapsed = weighted(x, pre, N)
-        rstd = tl.rsqrt(tl.sum(collapsed * collapsed, axis=0) / C + norm_eps)
-        normed = collapsed * rstd
-        d_weight += grad * normed
-        grad *= weight
-        along = tl.sum(grad * normed, axis=0) / C
-        grad = (grad - along * normed) * rstd
+        x, grad = (), ()
+        for piece in tl.static_range(PIECES):
+            channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+            x += tiles(x_ptr + token * stride_x_t, stride_x_n, channel, channel < C, N)
+            grad += (tl.load(grad_ptr + token * C + channel, mask=channel < C, other=0.0),)
+        sums = ()  # of collapsed by itself and by the gradient, then of each stream by both
+        for _ in tl.static_range(2 + 2 * N):
+            sums += (tl.zeros((BLOCK_C // RUN,), tl.float32),)
+        for piece in tl.static_range(PIECES):
+            channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+            weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+            scaled = grad[piece].to(tl.float32) * weight
+            collapsed = weighted(x[piece * N : piece * N + N], pre, N)
+            new = (sums[0] + run_sum(collapsed, collapsed, RUN),)
+            new += (sums[1] + run_sum(collapsed, scaled, RUN),)
+            for i in tl.static_range(N):
+                wide = x[piece * N + i].to(tl.float32)
+                new += (sums[2 + 2 * i] + run_sum(wide, scaled, RUN),)
+                new += (sums[3 + 2 * i] + run_sum(wide, collapsed, RUN),)
+            sums = new
+        rstd = tl.rsqrt(tl.sum(sums[0], axis=0) / C + norm_eps)
+        along = tl.sum(sums[1], axis=0) * rstd / C
+        drop = along * rstd * rstd
         for i in tl.static_range(N):
-            # pinned, so that x does not stay in fp32 from above on
-            wide = pinned(x[i], REGISTER).to(tl.float32)
-            tl.store(d_pre_ptr + token * N + i, tl.sum(grad * wide, axis=0))
-            d_x = grad * pre[i]
-            at = (token * N + i) * C + channel
-            if IS_PASSED:
-                d_x += tl.load(passed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(d_x_ptr + at, round_to(d_x, DTYPE, INTERPRETED), mask=inside)
-    tl.store(d_weight_ptr + tl.program_id(0) * C + channel, d_weight, mask=inside)
+            d_pre = tl.sum(sums[2 + 2 * i], axis=0) * rstd
+            tl.store(d_pre_ptr + token * N + i, d_pre - drop * tl.sum(sums[3 + 2 * i], axis=0))
+        if not HAS_D_X:
+            tl.store(stats_ptr + 2 * token, rstd)
+            tl.store(stats_ptr + 2 * token + 1, along)
+        new_weight = ()
+        for piece in tl.static_range(PIECES):
+            channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+            inside = channel < C
+            again = ()
+            for i in tl.static_range(N):
+                # pinned, so that x does not stay in fp32 from above on
+                again += (pinned(x[piece * N + i], REGISTER),)
+            collapsed = weighted(again, pre, N)
+            d_u = pinned(grad[piece], REGISTER).to(tl.float32)
+            new_weight += (d_weight[piece] + d_u * (collapsed * rstd),)
+            if HAS_D_X:
+                weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+                d_collapsed = d_u * weight * rstd - collapsed * drop
+                for i in tl.static_range(N):
+                    d_x = d_collapsed * pre[i]
+                    at = (token * N + i) * C + channel
+                    if IS_PASSED:
+                        d_x += tl.load(passed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(d_x_ptr + at, round_to(d_x, DTYPE, INTERPRETED), mask=inside)
+        d_weight = new_weight
+    for piece in tl.static_range(PIECES):
+        channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
+        at = d_weight_ptr + tl.program_id(0) * C + channel
+        tl.store(at, d_weight[piece], mask=channel < C)
 
 
 def mhc_collapse_norm_backward_triton(
@@ -123,35 +159,67 @@ def mhc_collapse_norm_backward_triton(
     norm_eps: float, config: RowConfig = ROWS,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, pre and weight from contiguous ones; see `mhc_collapse_norm_backward_ref`."""
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_pre, d_weight = _launch(grad, passed, x, pre, weight, d_x, norm_eps, config)
+    return d_x, d_pre, d_weight
+
+
+def collapse_gradient(
+    grad: Tensor, x: Tensor, pre: Tensor, weight: Tensor, *,
+    norm_eps: float, config: RowConfig = ROWS,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre and weight; between them `stats`, [t, 2], which that of x is made with."""
+    stats = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
+    d_pre, d_weight = _launch(grad, None, x, pre, weight, stats, norm_eps, config)
+    return d_pre, stats, d_weight
+
+
+def _launch(
+    grad: Tensor, passed: Tensor | None, x: Tensor, pre: Tensor, weight: Tensor, result: Tensor,
+    norm_eps: float, config: RowConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre and weight; result, d_x [t, n, c] or stats [t, 2], is written."""
     t, n, c = x.shape
-    d_x = torch.empty(t, n, c, dtype=x.dtype, device=x.device)
+    has_d_x = result.dim() == 3
     d_pre = torch.empty(t, n, dtype=torch.float32, device=x.device)
-    num_programs = min(t, config.programs_per_sm * num_sms(x.device))
+    constants, options, programs_per_sm = row_constants(
+        n, c, x.element_size(), config, device_target(x.device)
+    )
+    num_programs = min(t, programs_per_sm * num_sms(x.device))
     d_weight = torch.empty(num_programs, c, dtype=torch.float32, device=x.device)
     if t > 0:
         x = with_adjacent_channels(x)
-        target = device_target(x.device)
-        constants, options = row_constants(n, c, x.element_size(), config, target)
         kernel: Any = _collapse_norm_bwd_kernel
         with torch.cuda.device_of(x):
             kernel[(num_programs,)](
                 grad, grad if passed is None else passed, x, x.stride(0), x.stride(1),
-                pre.contiguous(), weight.contiguous(), d_x, d_pre, d_weight, t, norm_eps,
-                IS_PASSED=passed is not None, **constants, **options,
+                pre.contiguous(), weight.contiguous(), result if has_d_x else grad, d_pre, result,
+                d_weight, t, norm_eps, HAS_D_X=has_d_x, IS_PASSED=passed is not None,
+                **constants, **options,
             )  # fmt: skip
-    return d_x, d_pre.to(pre.dtype), d_weight.sum(0).to(weight.dtype)
+    return d_pre.to(pre.dtype), d_weight.sum(0).to(weight.dtype)
 
 
 def row_constants(
     n: int, c: int, element_bytes: int, config: RowConfig, target: KernelTarget
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and options of the collapse's gradient; its stages as shared memory allows."""
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Constants, options and programs an SM of the collapse's gradient.
+
+    A program holds a token over all its warps, its stages as shared memory allows.
+    """
+    run = LOAD_BYTES // element_bytes
+    kind = {"N": n, "C": c, "REGISTER": register_kind(target), "RUN": run}
+    if c <= NARROW:
+        piece = max(32, min(PIECE, triton.next_power_of_2(c)))
+        constants = {"BLOCK_C": piece, "STAGES": 1}
+        return kind | constants, launch_options(1, 1), NARROW_PROGRAMS_PER_SM
     constants, options = row_launch(n, c, config.channels_per_thread)
-    del constants["INTERPRETED"]
-    token_bytes = (2 * n + 1) * constants["BLOCK_C"] * element_bytes
+    block_c = constants["BLOCK_C"]
+    token_bytes = (2 * n + 1) * block_c * element_bytes
     free_bytes = shared_bytes(target) - SCRATCH_BYTES
     stages = max(1, min(config.num_stages, 1 + free_bytes // token_bytes))
-    return constants | {"REGISTER": register_kind(target), "STAGES": stages}, options
+    constants = {"BLOCK_C": block_c, "STAGES": stages}
+    return kind | constants, options, config.programs_per_sm
 
 
 def shared_bytes(target: KernelTarget) -> int:
@@ -159,20 +227,6 @@ def shared_bytes(target: KernelTarget) -> int:
     if target.kind == "hip":
         return 0
     return {80: 166912, 90: 232448, 100: 232448}.get(int(target.arch), 101376)
-
-
-def mhc_write_back_coefficients_backward_triton(
-    d_out: Tensor, d_pre: Tensor, d_post: Tensor, d_comb: Tensor,
-    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
-    out: Tensor, saved: Tensor, *, iters: int, eps: float, norm_eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Those of `mhc_write_back_coefficients_backward_ref`, from contiguous gradients."""
-    d_product, d_scale, d_bias = product_gradient(
-        (d_pre, d_post, d_comb), out.shape, scale, bias, saved, iters=iters, eps=eps
-    )
-    total, d_phi = stream_gradient(out, phi, d_product, passed=d_out)
-    through = mhc_write_back_backward_triton(total, x, y, post, comb)
-    return *through, d_phi, d_scale, d_bias
 
 
 def register_kind(target: KernelTarget) -> str:
@@ -183,9 +237,14 @@ def register_kind(target: KernelTarget) -> str:
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """Gradients of four streams of 4096 channels."""
-    constants, options = row_constants(*SHIPPED, 2, ROWS, target)
-    constants["REGISTER"] = register_kind(target)
-    constants["IS_PASSED"] = True
-    name, kernel = "collapse and norm backward", _collapse_norm_bwd_kernel
-    return [compile_case(name, kernel, constants, **options)]
+    """Gradients of four streams of 4096 channels, and of 768."""
+    cases = []
+    for c, size in ((SHIPPED[1], ""), (768, " of few channels")):
+        constants, options, _ = row_constants(SHIPPED[0], c, 2, ROWS, target)
+        constants["REGISTER"] = register_kind(target)
+        for name, has_d_x in (("collapse and norm backward", True), ("collapse's sums", False)):
+            constants |= {"HAS_D_X": has_d_x, "IS_PASSED": has_d_x}
+            cases.append(
+                compile_case(name + size, _collapse_norm_bwd_kernel, dict(constants), **options)
+            )
+    return cases

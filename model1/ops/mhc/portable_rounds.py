@@ -40,11 +40,3 @@ def normalised(comb, is_entry, eps, AXIS: tl.constexpr):
     """comb over its sums along an axis, each plus eps: 1 makes columns sum to 1, 2 rows."""
     total = tl.sum(comb, axis=AXIS, keep_dims=True) + eps
     return tl.where(is_entry, comb / total, 0.0)
-
-
-@triton.jit
-def normalised_bwd(grad, result, before, is_entry, eps, AXIS: tl.constexpr):
-    """Gradient of `before` from that of result = normalised(before)."""
-    total = tl.sum(before, axis=AXIS, keep_dims=True) + eps
-    grad = (grad - tl.sum(grad * result, axis=AXIS, keep_dims=True)) / total
-    return tl.where(is_entry, grad, 0.0)

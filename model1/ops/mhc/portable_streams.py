@@ -28,6 +28,8 @@ LOAD_BYTES = 16  # of one thread's load; backward sums stay in its thread that f
 # Not measured against others. More streams leave a thread fewer registers for each.
 MAX_WARPS = 4
 WIDE_STREAMS = 4
+# Up to so many channels backward a warp takes a whole token: its sums need no shared memory.
+NARROW = 1024
 
 
 @triton.jit
@@ -69,12 +71,17 @@ def weighted_sum(values, weights, N: tl.constexpr):
 
 
 @triton.jit
-def _add_products(sums, x, values, RUN: tl.constexpr, N: tl.constexpr):
-    """sums [channels / RUN] of x times each value, neighbours added up: they share a thread."""
+def run_sum(x, y, RUN: tl.constexpr):
+    """x y, [channels / RUN]: neighbours added up, which share a thread."""
+    return tl.sum(tl.reshape(x * y, (x.shape[0] // RUN, RUN)), axis=1)
+
+
+@triton.jit
+def add_products(sums, x, values, RUN: tl.constexpr, N: tl.constexpr):
+    """sums of x times each value."""
     new = ()
     for i in tl.static_range(N):
-        products = tl.reshape(x * values[i], (x.shape[0] // RUN, RUN))
-        new += (sums[i] + tl.sum(products, axis=1),)
+        new += (sums[i] + run_sum(x, values[i], RUN),)
     return new
 
 
@@ -109,7 +116,7 @@ def _collapse_bwd_kernel(
         inside = channel < C
         grad = tl.load(grad_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
         x = streams(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
-        sums = _add_products(sums, grad, x, RUN, N)
+        sums = add_products(sums, grad, x, RUN, N)
         for i in tl.static_range(N):
             d_x = round_to(grad * pre[i], DTYPE, INTERPRETED)
             tl.store(d_x_ptr + (token * N + i) * C + channel, d_x, mask=inside)
@@ -159,10 +166,10 @@ def _write_back_bwd_kernel(
         x = tiles(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
         d_y = round_to(weighted_sum(grad, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
         tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
-        new = _add_products(sums[:N], y, grad, RUN, N)
+        new = add_products(sums[:N], y, grad, RUN, N)
         for j in tl.static_range(N):
             wide = x[j].to(tl.float32)
-            new += _add_products(sums[N + j * N : 2 * N + j * N], wide, grad, RUN, N)
+            new += add_products(sums[N + j * N : 2 * N + j * N], wide, grad, RUN, N)
             weights = numbers(comb_ptr + token * (N * N), j * N, 1, N)
             d_x = weighted_sum(grad, weights, N)
             d_x = round_to(d_x, d_x_ptr.dtype.element_ty, INTERPRETED)
@@ -251,7 +258,8 @@ def _constants(n: int, c: int, element_bytes: int, *, is_backward: bool = False)
     run = LOAD_BYTES // element_bytes
     if is_backward and n > WIDE_STREAMS:
         run //= 4
-    block_c = min(MAX_WARPS * 32 * run, max(32, triton.next_power_of_2(c)))
+    warps = 1 if is_backward and c <= NARROW else MAX_WARPS
+    block_c = min(warps * 32 * run, max(32, triton.next_power_of_2(c)))
     constants = {"N": n, "C": c, "INTERPRETED": knobs.runtime.interpret, "BLOCK_C": block_c}
     return constants | {"RUN": run} if is_backward else constants
 

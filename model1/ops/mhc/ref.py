@@ -172,29 +172,34 @@ def mhc_collapse_norm_backward_ref(
     return d_x.type_as(x), d_pre.type_as(pre), d_weight.type_as(weight)
 
 
-def mhc_write_back_coefficients_ref(
-    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
-    iters: int, eps: float, norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `model1.ops.mhc.chain.mhc_write_back_coefficients`."""
+def mhc_seam_ref(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `model1.ops.mhc.chain.mhc_seam`; and, the fifth, the new `pre`."""
     out = mhc_write_back_ref(x, y, post, comb)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-    return out, *mhc_coefficients_ref(out, phi, scale, bias, **options)
+    pre, post, comb = mhc_coefficients_ref(out, phi, scale, bias, **options)
+    return out, mhc_collapse_norm_ref(out, pre, weight, norm_eps=norm_eps), post, comb, pre
 
 
-def mhc_write_back_coefficients_backward_ref(
-    d_out: Tensor, d_pre: Tensor, d_post: Tensor, d_comb: Tensor,
+def mhc_seam_backward_ref(
+    d_out: Tensor, d_u: Tensor, d_post: Tensor, d_comb: Tensor,
     x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
-    out: Tensor, saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+    weight: Tensor, out: Tensor, pre: Tensor, saved: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of the seven tensors that the forward takes, in its order.
+    """Gradients of the eight tensors that the forward takes, in its order.
 
-    out: the streams that it returned; saved: what a backend's forward returned behind the
-    coefficients, here nothing.
+    out, pre: what it returned first and fifth; saved: what a backend's forward returned behind
+    them, here nothing.
     """
+    total, d_pre, d_weight = mhc_collapse_norm_backward_ref(
+        d_u, d_out, out, pre, weight, norm_eps=norm_eps
+    )
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     through, *parameters = mhc_coefficients_backward_ref(
         d_pre, d_post, d_comb, out, phi, scale, bias, saved, **options
     )
-    total = (d_out.float() + through.float()).type_as(x)
-    return *mhc_write_back_backward_ref(total, x, y, post, comb), *parameters
+    total = (total.float() + through.float()).type_as(x)
+    return *mhc_write_back_backward_ref(total, x, y, post, comb), *parameters, d_weight
