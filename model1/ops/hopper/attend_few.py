@@ -134,7 +134,6 @@ def _finish(
     tma.store_wait(0)
     total = gl.sum(weight_sums, 0)
     totals.index(SIDE).store(total)
-    gl.thread_barrier()
     mbarrier.arrive(totals_ready, count=1)
     mbarrier.wait(totals_ready, parity)
     total = total + totals.index(1 - SIDE).load(HEAD)
