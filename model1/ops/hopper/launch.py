@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -23,8 +23,18 @@ ROPE = 64  # channels behind them, where rows have such
 ALIGNMENT_BYTES = 16  # of what a tensor map describes and of what is copied
 # Warp groups share 65,536 registers: four where keys are converted, with 184 for those that attend
 # they spill, and three where keys are copied, whose gatherers have what the others leave.
-FP8: dict[str, Any] = {"IS_BF16": False, "CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64}
-BF16: dict[str, Any] = {"IS_BF16": True, "CONSUMER_REGISTERS": 216, "PRODUCER_REGISTERS": 72}
+FP8: dict[str, Any] = {
+    "IS_BF16": False, "COLUMNS": 0, "CONSUMER_REGISTERS": 192, "PRODUCER_REGISTERS": 64
+}  # fmt: skip
+BF16: dict[str, Any] = {
+    "IS_BF16": True, "COLUMNS": 0, "CONSUMER_REGISTERS": 216, "PRODUCER_REGISTERS": 72
+}  # fmt: skip
+ProductRows = Literal["heads", "keys"]  # what the rows of matrix products are
+# With keys on the rows a program has 8, 16 or 32 heads. Registers of an attending and of a
+# gathering thread, over FP8 and bf16 rows: not yet measured, chosen for the fewest spills.
+_FEW_FP8 = {8: (144, 112), 16: (144, 112), 32: (176, 80)}
+_FEW_BF16 = {8: (168, 168), 16: (168, 168), 32: (192, 120)}
+MAX_FEW_HEADS = 32
 COMBINE_WARPS = 4
 OVERLAPS: dict[str, Any] = {"OVERLAPS": True}
 FP8_OPTIONS = {"num_warps": 4, "maxnreg": 128}
@@ -32,15 +42,30 @@ BF16_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 SPILL_LIMIT_BYTES = 72  # of the kernels that convert; docs/kernels_hopper.md says where
 
 
-def tensor_map(x: Tensor, channels: int) -> TensorDescriptor:
-    """[b, s_q, h, d] in pieces of 64 heads and so many channels.
+def body_sizes(is_bf16: bool, product_rows: ProductRows, h: int) -> dict[str, Any]:
+    """The body's constants for h heads on the rows of products or, up to 32, on their columns."""
+    rows = BF16 if is_bf16 else FP8
+    if product_rows == "heads":
+        return rows
+    if h > MAX_FEW_HEADS:
+        raise ValueError(f'product_rows="keys" takes up to {MAX_FEW_HEADS} heads, got {h}')
+    few = _FEW_BF16 if is_bf16 else _FEW_FP8
+    columns = min(heads for heads in few if heads >= h)
+    attending, gathering = few[columns]
+    return rows | {
+        "COLUMNS": columns, "CONSUMER_REGISTERS": attending, "PRODUCER_REGISTERS": gathering
+    }  # fmt: skip
+
+
+def tensor_map(x: Tensor, channels: int, heads: int = HEADS) -> TensorDescriptor:
+    """[b, s_q, h, d] in pieces of so many heads and channels.
 
     What a tensor map cannot describe is copied first.
     """
     strides = [x.element_size() * stride for stride in x.stride()[:-1]]
     if x.data_ptr() % ALIGNMENT_BYTES or any(s % ALIGNMENT_BYTES or s == 0 for s in strides):
         x = x.clone(memory_format=torch.contiguous_format)
-    block: Any = [1, 1, HEADS, channels], tile_layout(4)
+    block: Any = [1, 1, heads, channels], tile_layout(4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), *block)
 
 
@@ -96,12 +121,11 @@ def launch_merge(
 
 
 _TENSOR_MAP = (
-    "tensordesc<bf16[1, 1, 64, {}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
+    "tensordesc<bf16[1, 1, {}, {}],NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, "
     "rank=4, transposed=False, fp4_padded=False, cga_layout=[])>"
 )
 _TYPES = {
-    "q_desc": _TENSOR_MAP.format(256), "rope_desc": _TENSOR_MAP.format(64),
-    "out_desc": _TENSOR_MAP.format(256), "out_ptr": "*bf16", "lse_ptr": "*fp32", "max_ptr": "*fp32",
+    "out_ptr": "*bf16", "lse_ptr": "*fp32", "max_ptr": "*fp32",
     "partial_ptr": "*fp32", "partial_lse_ptr": "*fp32", "sink_ptr": "*fp32", "main_cache": "*u8",
     "extra_cache": "*u8", "items_ptr": "*i32", "main_slots": "*i32", "extra_slots": "*i32",
     "bounds_ptr": "*i32", "spans_ptr": "*i32", "length_ptr": "*i32", "extra_length_ptr": "*i32",
@@ -111,10 +135,28 @@ _TYPES = {
 }  # fmt: skip
 
 
+def few_cases(
+    name: str, kernel: Any, is_bf16: bool, constants: dict[str, Any]
+) -> list[CompileCase]:
+    """The launches with 8, 16 and 32 heads on the columns of products."""
+    limits: dict[str, Any] = launch_options(4, 1)
+    limits["max_registers"] = (BF16_OPTIONS if is_bf16 else FP8_OPTIONS)["maxnreg"]
+    limits["spill_limit_bytes"] = SPILL_LIMIT_BYTES
+    return [
+        compile_case(
+            f"{name} {h} columns", kernel, body_sizes(is_bf16, "keys", h) | constants, limits
+        )
+        for h in _FEW_FP8
+    ]
+
+
 def compile_case(
     name: str, kernel: Any, constants: dict[str, Any], options: dict[str, Any]
 ) -> CompileCase:
     """A launch to be compiled ahead of time."""
+    heads = constants.get("COLUMNS", 0) or HEADS
+    maps = {"q_desc": 256, "rope_desc": ROPE, "out_desc": 256}
     types = dict.fromkeys(kernel.arg_names, "i32") | _TYPES
+    types |= {n: _TENSOR_MAP.format(heads, channels) for n, channels in maps.items()}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     return CompileCase(f"hopper {name}", kernel, signature, constants, **options)

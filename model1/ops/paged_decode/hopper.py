@@ -22,9 +22,12 @@ from model1.ops.hopper.launch import (
     FP8_OPTIONS,
     HEADS,
     SPILL_LIMIT_BYTES,
+    ProductRows,
     addressing,
+    body_sizes,
     check_start,
     compile_case,
+    few_cases,
     launch_merge,
     partial_results,
     tensor_map,
@@ -54,11 +57,13 @@ def paged_decode_hopper(
     causal: bool,
     empty_lse: float,
     deterministic: bool,
+    product_rows: ProductRows = "heads",
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.paged_decode.paged_decode`; for calls that `choice` does not refuse.
 
     Takes scratch memory of 257 KiB per SM, and copies queries whose strides or start a tensor map
-    cannot describe. deterministic: no request is split.
+    cannot describe. deterministic: no request is split. product_rows: what the rows of matrix
+    products are, "keys" for up to 32 heads of all queries of a request.
     """
     b, s_q, h, d = q.shape
     out = torch.empty(b, s_q, h, CHANNELS, dtype=q.dtype, device=q.device)
@@ -77,7 +82,7 @@ def paged_decode_hopper(
             folded, _cache(kv_cache, block_size), block_table, lists, sinks, folded_out, lse,
             softmax_scale * math.log2(math.e), empty_lse, deterministic, last_query=s_q - 1,
             heads_of_query=h, is_causal=causal and s_q > 1,
-            is_bf16=layout is None or layout.name == "bf16",
+            is_bf16=layout is None or layout.name == "bf16", product_rows=product_rows,
         )  # fmt: skip
     return out, lse
 
@@ -86,9 +91,12 @@ def _launch(
     q: Tensor, cache: tuple[Tensor, int, int, int, int, int], block_table: Tensor, lists: Lists,
     sinks: Tensor | None, out: Tensor, lse: Tensor, scale_log2: float, empty_lse: float,
     deterministic: bool, *, last_query: int, heads_of_query: int, is_causal: bool, is_bf16: bool,
+    product_rows: ProductRows,
 ) -> None:  # fmt: skip
     b, _, heads, d = q.shape
-    groups = -(-heads // HEADS)
+    sizes = body_sizes(is_bf16, product_rows, heads)
+    group_heads = sizes["COLUMNS"] or HEADS
+    groups = -(-heads // group_heads)
     num_programs = max(1, num_sms(q.device) // groups)
     if deterministic or b > _MAX_SPLIT_ROWS:
         plan = whole_items(lists, num_programs)
@@ -97,11 +105,12 @@ def _launch(
     items = plan.items if isinstance(plan, Split) else plan
     partial, partial_lse = partial_results(plan, num_programs * groups, out, lse)
     _flash_fwd_splitkv_mla_kernel[(num_programs * groups,)](
-        tensor_map(q, 256), tensor_map(q, 64) if d > CHANNELS else None, tensor_map(out, 256),
-        lse, partial, partial_lse, sinks, items, items.stride(0), block_table,
-        block_table.stride(0), *cache, heads, groups, b, lists.topk, last_query, heads_of_query,
-        scale_log2, empty_lse, 0, IS_CAUSAL=is_causal,
-        **(BF16 | BF16_OPTIONS if is_bf16 else FP8 | FP8_OPTIONS), **OVERLAP,
+        tensor_map(q, 256, group_heads),
+        tensor_map(q, 64, group_heads) if d > CHANNELS else None,
+        tensor_map(out, 256, group_heads), lse, partial, partial_lse, sinks, items,
+        items.stride(0), block_table, block_table.stride(0), *cache, heads, groups, b, lists.topk,
+        last_query, heads_of_query, scale_log2, empty_lse, 0, IS_CAUSAL=is_causal,
+        **sizes, **(BF16_OPTIONS if is_bf16 else FP8_OPTIONS), **OVERLAP,
     )  # fmt: skip
     launch_merge(
         plan, out, lse, partial, partial_lse, sinks, b, heads, groups, num_programs, empty_lse
@@ -130,4 +139,8 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
                 constants = rows | special | {"IS_CAUSAL": causal}
                 words = f"paged_decode {name} {d}" + " causal" * causal
                 cases.append(compile_case(words, _flash_fwd_splitkv_mla_kernel, constants, limits))
+            cases += few_cases(
+                f"paged_decode {name} {d}", _flash_fwd_splitkv_mla_kernel, name == "bf16",
+                special | {"IS_CAUSAL": False},
+            )  # fmt: skip
     return cases

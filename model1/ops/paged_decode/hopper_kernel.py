@@ -22,8 +22,8 @@ def _flash_fwd_splitkv_mla_kernel(
     q_desc, rope_desc, out_desc, lse_ptr, partial_ptr, partial_lse_ptr, sink_ptr, items_ptr,
     item_stride, block_table_ptr, stride_table, cache_ptr, units, size, divisor, shift, last,
     h, groups, rows, max_seqlen, last_query, heads_of_query, scale_log2, empty_lse, zero,
-    IS_CAUSAL: gl.constexpr, IS_BF16: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr, IS_BF16: gl.constexpr, COLUMNS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per SM and 64 heads; the heads of all queries of a request are one query's.
 
@@ -38,5 +38,5 @@ def _flash_fwd_splitkv_mla_kernel(
         block_table_ptr, stride_table, 0, block_table_ptr, stride_table, 0,
         cache_ptr, units, size, divisor, shift, last, cache_ptr, units, size, divisor, shift, last,
         h, 1, groups, rows, max_seqlen, 0, scale_log2, empty_lse, zero,
-        hidden, IS_BF16, True, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
+        hidden, IS_BF16, True, COLUMNS, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
     )  # fmt: skip

@@ -23,9 +23,12 @@ from model1.ops.hopper.launch import (
     HEADS,
     OVERLAPS,
     SPILL_LIMIT_BYTES,
+    ProductRows,
     addressing,
+    body_sizes,
     check_start,
     compile_case,
+    few_cases,
     launch_merge,
     merge_sizes,
     partial_results,
@@ -74,12 +77,14 @@ def sparse_decode_hopper(
     softmax_scale: float,
     empty_lse: float,
     deterministic: bool,
+    product_rows: ProductRows = "heads",
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.sparse_decode.sparse_decode`; for calls that `choice` does not refuse, with
     caches that start at multiples of 16 bytes.
 
     Where rows are split it takes scratch memory of 257 KiB per SM. Queries whose strides or start
     a tensor map cannot describe are copied first. deterministic: no row is split.
+    product_rows: what the rows of matrix products are, "keys" for up to 32 heads.
     """
     b, s_q, h, _ = q.shape
     out = torch.empty(b, s_q, h, CHANNELS, dtype=q.dtype, device=q.device)
@@ -94,6 +99,7 @@ def sparse_decode_hopper(
             _launch(
                 q, main, extra, attn_sink, out, lse, scale_log2, empty_lse, deterministic,
                 has_rope=layout.d > CHANNELS, is_bf16=layout.name == "bf16",
+                product_rows=product_rows,
             )  # fmt: skip
     return out, lse
 
@@ -101,10 +107,12 @@ def sparse_decode_hopper(
 def _launch(
     q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
     scale_log2: float, empty_lse: float, deterministic: bool, *, has_rope: bool,
-    is_bf16: bool,
+    is_bf16: bool, product_rows: ProductRows,
 ) -> None:  # fmt: skip
     b, s_q, h, _ = q.shape
-    groups = -(-h // HEADS)
+    sizes = body_sizes(is_bf16, product_rows, h)
+    heads = sizes["COLUMNS"] or HEADS
+    groups = -(-h // heads)
     num_programs = max(1, num_sms(q.device) // groups)
     plan = _plan(main, extra, b, s_q, num_programs, deterministic)
     items = plan.items if isinstance(plan, Split) else plan
@@ -114,13 +122,13 @@ def _launch(
     if extra.kv_cache is None:
         extra = main  # whose lists no item then names as the second
     _flash_fwd_splitkv_mla_fp8_sparse_kernel[(num_programs * groups,)](
-        tensor_map(q, 256), tensor_map(q, 64) if has_rope else None, tensor_map(out, 256),
-        lse, partial, partial_lse, attn_sink, items,
+        tensor_map(q, 256, heads), tensor_map(q, 64, heads) if has_rope else None,
+        tensor_map(out, 256, heads), lse, partial, partial_lse, attn_sink, items,
         item_stride, main.slots, *main.slot_strides, extra.slots, *extra.slot_strides,
         main.kv_cache, *addressing(*main.addressing), extra.kv_cache,
         *addressing(*extra.addressing), h, s_q, groups, b * s_q, topk, extra_topk, scale_log2,
         empty_lse, 0,
-        **(BF16 | BF16_OPTIONS if is_bf16 else FP8 | FP8_OPTIONS),
+        **sizes, **(BF16_OPTIONS if is_bf16 else FP8_OPTIONS),
         **(OVERLAP if items is not None else {}),
     )  # fmt: skip
     launch_merge(
@@ -173,6 +181,13 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         compile_case("sparse_decode V32 even", kernel, FP8 | {"items_ptr": None}, main),
         compile_case("sparse_decode bf16 512", kernel, BF16 | {"rope_desc": None}, bf16),
         compile_case("sparse_decode bf16 576", kernel, BF16, bf16),
+        *few_cases("sparse_decode MODEL1", kernel, False, {"rope_desc": None}),
+        *few_cases(
+            "sparse_decode MODEL1 even", kernel, False, {"rope_desc": None, "items_ptr": None}
+        ),
+        *few_cases("sparse_decode V32", kernel, False, {}),
+        *few_cases("sparse_decode bf16 512", kernel, True, {"rope_desc": None}),
+        *few_cases("sparse_decode bf16 576", kernel, True, {}),
         compile_case("combine", merge, sizes | few, small),
         compile_case("combine of many", merge, sizes | many, small),
         compile_case("whole items", _whole_items_kernel, sizes | {"IS_SORTED": True}, small),

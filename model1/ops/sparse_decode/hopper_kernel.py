@@ -27,9 +27,10 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
     main_cache, main_units, main_size, main_divisor, main_shift, main_last,
     extra_cache, extra_units, extra_size, extra_divisor, extra_shift, extra_last,
     h, s_q, groups, rows, main_topk, extra_topk, scale_log2, empty_lse, zero,
-    IS_BF16: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    IS_BF16: gl.constexpr, COLUMNS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program per SM and 64 heads."""
+    """One program per SM and 64 heads, or COLUMNS."""
     attend_items(
         q_desc, rope_desc, out_desc, lse_ptr, None, partial_ptr, partial_lse_ptr, sink_ptr,
         items_ptr, item_stride,
@@ -37,5 +38,5 @@ def _flash_fwd_splitkv_mla_fp8_sparse_kernel(
         main_cache, main_units, main_size, main_divisor, main_shift, main_last,
         extra_cache, extra_units, extra_size, extra_divisor, extra_shift, extra_last,
         h, s_q, groups, rows, main_topk, extra_topk, scale_log2, empty_lse, zero,
-        0, IS_BF16, False, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
+        0, IS_BF16, False, COLUMNS, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
     )  # fmt: skip

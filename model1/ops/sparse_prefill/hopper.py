@@ -14,8 +14,11 @@ from model1.ops.hopper.launch import (
     BF16_OPTIONS,
     CHANNELS,
     HEADS,
+    ProductRows,
     addressing,
+    body_sizes,
     compile_case,
+    few_cases,
     tensor_map,
 )
 from model1.ops.hopper.overlap import OVERLAP
@@ -35,13 +38,15 @@ def sparse_prefill_hopper(
     softmax_scale: float,
     empty_lse: float,
     deterministic: bool,
+    product_rows: ProductRows = "heads",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `model1.ops.sparse_prefill.sparse_prefill`; for calls that `choice` does not refuse.
 
     A row's bits depend on its own valid entries alone, with `deterministic` and without: no list is
     split, and a block without a valid entry changes nothing. Queries whose strides or start a
     tensor map cannot describe are copied first, and so are keys whose rows do not start at
-    multiples of 16 bytes.
+    multiples of 16 bytes. product_rows: what the rows of matrix products are, "keys" for up to 32
+    heads.
     """
     t, h, _ = q.shape
     out = torch.empty(t, h, value_dim, dtype=q.dtype, device=q.device)
@@ -49,7 +54,9 @@ def sparse_prefill_hopper(
     lse = torch.empty(t, h, dtype=torch.float32, device=q.device)
     if t == 0:
         return out, max_logits, lse
-    groups = -(-h // HEADS)
+    sizes = body_sizes(True, product_rows, h)
+    heads = sizes["COLUMNS"] or HEADS
+    groups = -(-h // heads)
     num_programs = max(1, num_sms(q.device) // groups)
     items = None
     with torch.cuda.device_of(q):
@@ -60,12 +67,12 @@ def sparse_prefill_hopper(
             )  # fmt: skip
             items = whole_items(lists, num_programs)
         _sparse_attn_fwd_kernel[(num_programs * groups,)](
-            tensor_map(q[:, None], 256),
-            tensor_map(q[:, None], 64) if q.shape[2] > CHANNELS else None,
-            tensor_map(out[:, None], 256), lse, max_logits, attn_sink, items,
+            tensor_map(q[:, None], 256, heads),
+            tensor_map(q[:, None], 64, heads) if q.shape[2] > CHANNELS else None,
+            tensor_map(out[:, None], 256, heads), lse, max_logits, attn_sink, items,
             0 if items is None else items.stride(0), topk_indices, topk_indices.stride(0),
             *_keys(kv), h, groups, t, topk_indices.shape[1], softmax_scale * math.log2(math.e),
-            empty_lse, 0, **BF16, **BF16_OPTIONS, **({} if items is None else OVERLAP),
+            empty_lse, 0, **sizes, **BF16_OPTIONS, **({} if items is None else OVERLAP),
         )  # fmt: skip
     return out, max_logits, lse
 
@@ -96,4 +103,6 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
         compile_case("sparse_prefill 512 even", kernel, narrow | {"items_ptr": None}, options),
         compile_case("sparse_prefill 576", kernel, BF16, options),
         compile_case("sparse_prefill 576 even", kernel, BF16 | {"items_ptr": None}, options),
+        *few_cases("sparse_prefill 512 even", kernel, True, {"rope_desc": None, "items_ptr": None}),
+        *few_cases("sparse_prefill 576", kernel, True, {}),
     ]  # fmt: skip

@@ -23,6 +23,7 @@ def _sparse_attn_fwd_kernel(
     topk_indices_ptr, stride_topk, kv_ptr, units, size, divisor, shift, last,
     h, groups, rows, topk, scale_log2, empty_lse, zero,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, IS_BF16: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """One program per SM and 64 heads; a query is a request of one query, a key a block of one."""
     attend_items(
@@ -31,5 +32,5 @@ def _sparse_attn_fwd_kernel(
         topk_indices_ptr, stride_topk, 0, topk_indices_ptr, stride_topk, 0,
         kv_ptr, units, size, divisor, shift, last, kv_ptr, units, size, divisor, shift, last,
         h, 1, groups, rows, topk, 0, scale_log2, empty_lse, zero,
-        0, IS_BF16, False, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
+        0, IS_BF16, False, COLUMNS, CONSUMER_REGISTERS, PRODUCER_REGISTERS,
     )  # fmt: skip
