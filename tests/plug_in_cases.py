@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
+from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_head, mhc_write_back
 from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
 
 
@@ -37,3 +37,11 @@ def mixed_in_a_row(backend: str, device: str) -> list[Tensor]:
     results = [u, out, *weights]
     grads = [random(*result.shape, device=device) for result in results]
     return [*results, *torch.autograd.grad(results, leaves, grads)]
+
+
+def left(backend: str, device: str) -> list[Tensor]:
+    """The weights of the streams' exit, forward and backward."""
+    shapes = (5, 4, 24), (4, 96), (1,), (4,)
+    leaves = [random(*s, device=device).requires_grad_() for s in shapes]
+    pre = mhc_head(*leaves, eps=1e-6, norm_eps=1e-6, backend=backend)
+    return [pre, *torch.autograd.grad(pre, leaves, random(*pre.shape, device=device))]

@@ -24,7 +24,7 @@ from call_cases_loss import learned
 from example_site import EXAMPLE, installed_example
 from line_budget import ROOT
 from lowrank_cases import CHOICE, SCAN, Shape, make_arguments
-from plug_in_cases import mixed, mixed_in_a_row, random
+from plug_in_cases import left, mixed, mixed_in_a_row, random
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -244,6 +244,8 @@ CASES: dict[str, Case] = (
         "inverse_rope_gate": gated,
         "inverse_rope_gate_backward": gated,
         "linear_cross_entropy": learned,
+        "mhc_head": left,
+        "mhc_head_backward": left,
         "lowrank_attention": attended_in_part,
         "lowrank_remainder": attended_in_part,
         "lowrank_topk": attended_in_part,

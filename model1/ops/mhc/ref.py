@@ -105,6 +105,24 @@ def mhc_head_ref(
     return torch.sigmoid(_scaled_product(x, phi, scale, bias, norm_eps)) + eps
 
 
+def mhc_head_backward_ref(
+    d_pre: Tensor, x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, saved: Tensor, *,
+    eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, phi, scale and bias; saved as in `mhc_coefficients_backward_ref`."""
+    flat, weight, factor = x.flatten(1).float(), phi.float(), scale.float()
+    rstd = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
+    z = F.linear(flat, weight) * rstd
+    gate = torch.sigmoid(torch.addcmul(bias.float(), z, factor))
+    d_logits = d_pre * gate * (1.0 - gate)
+    d_product = d_logits * factor * rstd
+    along = (d_product * z).sum(dim=-1, keepdim=True) * rstd / flat.shape[1]
+    d_x = (d_product @ weight - along * flat).view(x.shape)
+    d_scale, d_bias = (d_logits * z).sum().view(1), d_logits.sum(dim=0)
+    d_phi = d_product.mT @ flat
+    return d_x.type_as(x), d_phi.type_as(phi), d_scale.type_as(scale), d_bias.type_as(bias)
+
+
 def _scaled_product(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float) -> Tensor:
     """scale * (phi flat(x)) / rms(flat(x)) + bias, one row a token."""
     flat = x.flatten(1).float()
