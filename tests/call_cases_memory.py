@@ -14,6 +14,7 @@ from model1.ops.engram import engram_gate, engram_hash, quantize_rows
 from model1.ops.engram.gather import gather_rows
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_head, mhc_write_back
 from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.single_pass import mhc_write_back_collapse_norm
 
 BIG = DEVICE == "cuda"
 
@@ -114,6 +115,9 @@ MEMORY_CALLS: dict[str, Callable[[int], Call]] = {
     "mhc_head": _mhc(mhc_head, "x phi scale bias", eps=1e-6, norm_eps=1e-6),
     "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
     "mhc_collapse_norm": _mhc(mhc_collapse_norm, "x pre weight", norm_eps=1e-6),
+    "mhc_write_back_collapse_norm": _mhc(
+        mhc_write_back_collapse_norm, "x y post comb pre weight", norm_eps=1e-6
+    ),
     "mhc_write_back_coefficients": _mhc(
         _written, "x y post comb phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
     ),

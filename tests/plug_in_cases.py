@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_head, mhc_write_back
 from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.single_pass import mhc_write_back_collapse_norm
 
 
 def random(*shape: int, device: str) -> Tensor:
@@ -45,3 +46,12 @@ def left(backend: str, device: str) -> list[Tensor]:
     leaves = [random(*s, device=device).requires_grad_() for s in shapes]
     pre = mhc_head(*leaves, eps=1e-6, norm_eps=1e-6, backend=backend)
     return [pre, *torch.autograd.grad(pre, leaves, random(*pre.shape, device=device))]
+
+
+def mixed_in_one_pass(backend: str, device: str) -> list[Tensor]:
+    """Write-back, collapse and norm as one operator, forward and backward."""
+    shapes = (5, 4, 24), (5, 24), (5, 4), (5, 4, 4), (5, 4), (24,)
+    leaves = [random(*s, device=device).requires_grad_() for s in shapes]
+    results = mhc_write_back_collapse_norm(*leaves, norm_eps=1e-6, backend=backend)
+    grads = [random(*result.shape, device=device) for result in results]
+    return [*results, *torch.autograd.grad(results, leaves, grads)]

@@ -44,6 +44,8 @@ from model1.ops.mhc.ref import (
     mhc_write_back_backward_ref,
     mhc_write_back_coefficients_backward_ref,
     mhc_write_back_coefficients_ref,
+    mhc_write_back_collapse_norm_backward_ref,
+    mhc_write_back_collapse_norm_ref,
     mhc_write_back_ref,
 )
 from model1.ops.moe.ref import (
@@ -161,6 +163,8 @@ operators = {
     "moe_route_backward": moe_route_backward_ref,
     "mhc_write_back_coefficients": mhc_write_back_coefficients_ref,
     "mhc_write_back_coefficients_backward": mhc_write_back_coefficients_backward_ref,
+    "mhc_write_back_collapse_norm": mhc_write_back_collapse_norm_ref,
+    "mhc_write_back_collapse_norm_backward": mhc_write_back_collapse_norm_backward_ref,
     "norm_rope_store": norm_rope_store_ref,
     "norm_rotate_tail_backward": norm_rotate_tail_backward_ref,
     "paged_decode": paged_decode_ref,

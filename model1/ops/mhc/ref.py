@@ -190,6 +190,27 @@ def mhc_collapse_norm_backward_ref(
     return d_x.type_as(x), d_pre.type_as(pre), d_weight.type_as(weight)
 
 
+def mhc_write_back_collapse_norm_ref(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, pre: Tensor, weight: Tensor, *,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `model1.ops.mhc.single_pass.mhc_write_back_collapse_norm`."""
+    out = mhc_write_back_ref(x, y, post, comb)
+    return mhc_collapse_norm_ref(out, pre, weight, norm_eps=norm_eps), out
+
+
+def mhc_write_back_collapse_norm_backward_ref(
+    grad: Tensor, passed: Tensor | None, x: Tensor, y: Tensor, post: Tensor, comb: Tensor,
+    pre: Tensor, weight: Tensor, *, norm_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the six tensors from that of u' and, unless None, that of x'."""
+    out = mhc_write_back_ref(x, y, post, comb)
+    total, d_pre, d_weight = mhc_collapse_norm_backward_ref(
+        grad, passed, out, pre, weight, norm_eps=norm_eps
+    )
+    return *mhc_write_back_backward_ref(total, x, y, post, comb), d_pre, d_weight
+
+
 def mhc_write_back_coefficients_ref(
     x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
     iters: int, eps: float, norm_eps: float,
