@@ -46,8 +46,8 @@ class PassConfig:
 
 
 FORWARD = PassConfig(pieces=4, load_bytes=16, max_warps=16, warps=4)
-# Three pieces kept, as of 768 channels, spill on sm_90; not kept, they spill 24 bytes on sm_89. Four
-# that are not, as of 7168, spill 32 on sm_90, with twice the warps 384.
+# Three pieces kept, as of 768 channels, spill on sm_90; not kept, they spill 24 bytes on sm_89.
+# Four that are not, as of 7168, spill 32 on sm_90, with twice the warps 384.
 BACKWARD = PassConfig(
     pieces=3, load_bytes=16, max_warps=8, warps=4, programs_per_sm=4, kept_pieces=2
 )
