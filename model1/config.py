@@ -138,6 +138,8 @@ class MhcConfig:
     hc_sinkhorn_iters: int
     hc_eps: float
     res_init: float  # tau: the residual mixing logits start at tau * I
+    # each collapse takes the weights of the sublayer before it, and the exit has none of its own
+    single_pass: bool = False
 
     def __post_init__(self) -> None:
         require(self.hc_mult >= 2, f"hc_mult must be at least 2, got {self.hc_mult}")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from model1.ops.engram import engram_gate, engram_hash, quantize_rows
 from model1.ops.engram.gather import gather_rows
-from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_seam
+from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_head, mhc_write_back
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_enter, mhc_seam
+from model1.ops.mhc.single_pass import mhc_write_back_collapse_norm
 
 BIG = DEVICE == "cuda"
 
@@ -88,6 +89,9 @@ def _mhc(function: Callable[..., Any], names: str, **options: Any) -> Callable[[
     def build(seed: int) -> Call:
         tensors = _mhc_tensors(seed)
         tensors |= {"pre": tensors["post"]}
+        if function is mhc_head:
+            sizes = {"phi": 4, "scale": 1, "bias": 4}
+            tensors |= {name: tensors[name][:size] for name, size in sizes.items()}
         arguments = {name: tensors[name] for name in names.split()}
         return call_of(function, arguments | options, *names.split())
 
@@ -103,8 +107,15 @@ MEMORY_CALLS: dict[str, Callable[[int], Call]] = {
         mhc_coefficients, "x phi scale bias", iters=20, eps=1e-6, norm_eps=1e-6
     ),
     "mhc_collapse": _mhc(mhc_collapse, "x pre"),
+    "mhc_head": _mhc(mhc_head, "x phi scale bias", eps=1e-6, norm_eps=1e-6),
     "mhc_write_back": _mhc(mhc_write_back, "x y post comb"),
     "mhc_collapse_norm": _mhc(mhc_collapse_norm, "x pre weight", norm_eps=1e-6),
+    "mhc_write_back_collapse_norm": _mhc(
+        mhc_write_back_collapse_norm, "x y post comb pre weight", norm_eps=1e-6
+    ),
+    "mhc_enter": _mhc(
+        mhc_enter, "x phi scale bias weight", iters=20, eps=1e-6, norm_eps=1e-6
+    ),
     "mhc_seam": _mhc(
         mhc_seam, "x y post comb phi scale bias weight", iters=20, eps=1e-6, norm_eps=1e-6
     ),

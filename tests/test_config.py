@@ -48,6 +48,7 @@ def all_paths(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 PATHS = [p for p in all_paths(data()) if p not in ("model_type", "architectures")]
+WITH_DEFAULT = ["mhc.single_pass"]  # younger than the first files
 
 
 # --- both ways ---------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_value_and_memory_sizes() -> None:
 # --- unknown, missing, mistyped ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [path for path in PATHS if path not in WITH_DEFAULT])
 def test_a_missing_key_is_named(path: str) -> None:
     given = data()
     holder, key = place(given, path)

@@ -13,6 +13,7 @@ from benchmarks.cases.case import Case, Work, own_work
 from benchmarks.kernel_inputs import normal
 from model1.ops.mhc import MhcCoefficients, mhc_coefficients, mhc_collapse, mhc_write_back
 from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.single_pass import mhc_write_back_collapse_norm
 
 OPERATOR = "mhc"
 TESTS = ("tests/ops/test_mhc*.py",)
@@ -91,6 +92,40 @@ class Sublayer:
         grads = self.y.detach(), self.x.detach(), *(w.detach() for w in self.weights)
         return torch.autograd.grad(results, inputs, grads)
 
+    def single_pass(self) -> tuple[Tensor, ...]:
+        """Write-back, the next collapse by weights known before, and norm."""
+        weights, norm_eps = self.weights, OPTIONS["norm_eps"]
+        return mhc_write_back_collapse_norm(
+            self.x, self.y, weights.post, weights.comb, weights.pre, self.norm_weight,
+            norm_eps=norm_eps,
+        )  # fmt: skip
+
+    def single_pass_backward(self) -> tuple[Tensor, ...]:
+        """The same, then the gradient of everything that it reads."""
+        inputs = (self.x, self.y, self.norm_weight, *self.weights)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        with torch.enable_grad():
+            results = self.single_pass()
+        return torch.autograd.grad(results, inputs, (self.y.detach(), self.x.detach()))
+
+    def single_pass_step(self) -> tuple[Tensor, ...]:
+        """All that a sublayer in a row costs in that form: its coefficients as well."""
+        weights = self.coefficients()
+        return mhc_write_back_collapse_norm(
+            self.x, self.y, weights.post, weights.comb, weights.pre, self.norm_weight,
+            norm_eps=OPTIONS["norm_eps"],
+        )  # fmt: skip
+
+    def single_pass_step_backward(self) -> tuple[Tensor, ...]:
+        """The step, then the gradient of everything that it reads."""
+        inputs = (self.x, self.y, self.norm_weight, self.phi, self.scale, self.bias)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        with torch.enable_grad():
+            results = self.single_pass_step()
+        return torch.autograd.grad(results, inputs, (self.y.detach(), self.x.detach()))
+
 
 # Streams' worth of channels [t, c] that a step reads and writes: x and the result of each part.
 STEPS: dict[str, tuple[Step, int]] = {
@@ -106,6 +141,12 @@ STEPS: dict[str, tuple[Step, int]] = {
     # as the step; then x, y and the new streams' gradient in, those of x and y out; and x, the
     # input's gradient and that of x from the write-back in, that of x out
     "fused step+backward": (Sublayer.step_backward, 9 * NUM_STREAMS + 5),
+    "single pass": (Sublayer.single_pass, 2 * NUM_STREAMS + 2),
+    # then x, y and both gradients in, those of x and y out
+    "single pass+backward": (Sublayer.single_pass_backward, 5 * NUM_STREAMS + 5),
+    # as the single pass, for a pass that weighs the new streams for the next one as it writes them
+    "single-pass step": (Sublayer.single_pass_step, 2 * NUM_STREAMS + 2),
+    "single-pass step+backward": (Sublayer.single_pass_step_backward, 5 * NUM_STREAMS + 5),
 }
 
 
@@ -119,7 +160,7 @@ def step_work(name: str, t: int, c: int, device: torch.device) -> Work:
 
 
 def cases() -> Iterator[Case]:
-    """Prefill or a training step of two models' widths."""
-    for t, c in ((8192, 4096), (16384, 7168)):
+    """Prefill or a training step of large models' widths, and a training step of a small one's."""
+    for t, c in ((65536, 768), (8192, 4096), (16384, 7168)):
         for name in STEPS:
             yield Case(OPERATOR, f"{name} t={t} c={c}", functools.partial(step_work, name, t, c))

@@ -15,7 +15,7 @@ from model1.ops.mhc import (
     mhc_head,
     mhc_write_back,
 )
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_seam
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_enter, mhc_seam
 
 ALPHA_INIT = 0.01  # arXiv 2512.24880, initial gate of the input-dependent part
 
@@ -61,9 +61,11 @@ class HyperConnection(nn.Module):
 
     def enter(self, x: Tensor, norm: RmsNorm) -> tuple[Tensor, Start]:
         """x [t, n, c] to be written back to, and what this sublayer starts from on it."""
-        weights = self.coefficients(x)
-        u, x = mhc_collapse_norm(x, weights.pre, norm.weight, norm_eps=norm.eps)
-        return x, Start(u, weights.post, weights.comb)
+        x, *start = mhc_enter(
+            x, self.fn, self._column_scale(), self.base, norm.weight,
+            iters=self.iters, eps=self.eps, norm_eps=self.norm_eps,
+        )  # fmt: skip
+        return x, self._noted(Start(*start))
 
     def enter_after(
         self, x: Tensor, y: Tensor, start: Start, norm: RmsNorm

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from model1.config import ModelConfig
 from model1.errors import ConfigError
 from model1.nn.attention import Attention
-from model1.nn.block import Block
 from model1.nn.context import Context, FullContext
 from model1.nn.engram import Engram, ngram_windows
 from model1.nn.indexer import LowRankSelector
 from model1.nn.kv import CacheKind, KVCache, allocate
 from model1.nn.layers import Embedding, Linear, RmsNorm
 from model1.nn.metadata import AttentionMetadata
-from model1.nn.mhc import HyperConnection, HyperHead
+from model1.nn.mhc import HyperConnection
 from model1.nn.moe import FeedForward, MixtureOfExperts
 from model1.nn.mtp import MultiTokenPrediction
 from model1.nn.paged import PagedContext, check_backend
+from model1.nn.single_pass import is_single_pass, new_block, new_head, run_layers
 from model1.ops.engram import build_hash_specs, check_compression_table
 
 EMBED_INIT_STD = 0.02  # small, because a tied head would first predict every token's repetition
@@ -63,9 +63,9 @@ class Model(nn.Module):
             self.register_buffer("compression_table", table, persistent=False)
         self.embed = Embedding(config.vocab_size, config.hidden_size, std=EMBED_INIT_STD)
         self.layers = nn.ModuleList(
-            Block(config, i, specs.get(i)) for i in range(config.num_hidden_layers)
+            new_block(config, i, specs.get(i)) for i in range(config.num_hidden_layers)
         )
-        self.mhc_head = HyperHead(config) if config.mhc is not None else None
+        self.mhc_head = new_head(config)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -182,18 +182,29 @@ class Model(nn.Module):
         """Embedding to final norm, [t, c], or only the given rows of it."""
         x = F.embedding(token_ids, self.embed.weight).to(dtype)
         x = x[:, None].expand(-1, self.config.num_streams, -1)
+        if is_single_pass(self.config):
+
+            def memory_of(layer: nn.Module) -> Tensor | None:
+                return self._memory(layer, ngram_token_ids)
+
+            u = run_layers(self.layers, x, context, self.norm, memory_of)
+            return u if rows is None else u[rows]
         start = None
         for layer, following in zip_longest(self.layers, self.layers[1:]):
-            engram = layer.engram
-            memory = None
-            if isinstance(engram, Engram):
-                memory = engram.rows(ngram_token_ids, self.compression_table)
+            memory = self._memory(layer, ngram_token_ids)
             behind = None if following is None else following.entrance
             x, start = layer(x, memory, context, start, behind)
         return self.exit(x if rows is None else x[rows])
 
+    def _memory(self, layer: nn.Module, ngram_token_ids: Tensor) -> Tensor | None:
+        """The layer's Engram rows, None where it has no memory."""
+        engram = layer.engram
+        if not isinstance(engram, Engram):
+            return None
+        return engram.rows(ngram_token_ids, self.compression_table)
+
     def exit(self, x: Tensor) -> Tensor:
-        """Streams [t, n, c] to the normalised [t, c] that the head reads."""
+        """Streams [t, n, c] to the normalised [t, c] that the head reads; not in single pass."""
         return self.norm(x[:, 0]) if self.mhc_head is None else self.mhc_head(x, self.norm)
 
     def after_optimizer_step(self) -> None:

@@ -36,6 +36,7 @@ class ModelSection:
     num_parameters: int | None = None
     init_from: str | None = None
     switch_off: tuple[str, ...] = ()  # left out: "engram", "mhc", "moe", "sparse", "vvpa"
+    single_pass: bool = False  # with a preset: `MhcConfig.single_pass` instead of the preset's
     attention: Literal["sdpa", "flex"] = "sdpa"  # kind "plain" only: which kernel attends
     dense_attention: bool = False  # kind "model1" only: every layer dense, the selector unused
     yarn_factor: float | None = None  # with `init_from`: stretch the context it was trained on
@@ -55,6 +56,12 @@ class ModelSection:
         require(
             not self.switch_off or (self.kind == "model1" and self.preset is not None),
             f"switch_off needs kind 'model1' and a preset, got {list(self.switch_off)}",
+        )
+        has_streams = self.kind == "model1" and self.preset and "mhc" not in self.switch_off
+        require(
+            not self.single_pass or bool(has_streams),
+            "single_pass needs kind 'model1' and a preset with hyper-connections, "
+            f"got kind {self.kind!r}, preset {self.preset!r}, switch_off {list(self.switch_off)}",
         )
 
 

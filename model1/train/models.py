@@ -88,7 +88,16 @@ def _build_model(config: TrainConfig, tokenizer: Tokenizer) -> nn.Module:
         torch.manual_seed(config.seed)  # counting a preset's parameters has drawn numbers
         return PlainTransformer(shape, attention=section.attention)
     assert section.preset is not None
-    return new_model(preset_config(section.preset, tokenizer, section.switch_off), tokenizer)
+    chosen = preset_config(section.preset, tokenizer, section.switch_off)
+    if section.single_pass:
+        chosen = _in_one_pass(chosen)
+    return new_model(chosen, tokenizer)
+
+
+def _in_one_pass(config: ModelConfig) -> ModelConfig:
+    if config.mhc is None:
+        raise ConfigError("model.single_pass needs hyper-connections, the preset has none")
+    return dataclasses.replace(config, mhc=dataclasses.replace(config.mhc, single_pass=True))
 
 
 def _stretched(model: nn.Module, section: ModelSection, tokenizer: Tokenizer) -> nn.Module:

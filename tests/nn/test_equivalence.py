@@ -40,7 +40,18 @@ def everything() -> ModelConfig:
     )
 
 
-CONFIGS = {"model1": presets.tiny(), "v32": presets.tiny_v32(), "everything": everything()}
+def single_pass() -> ModelConfig:
+    base = everything()
+    assert base.mhc is not None
+    return dataclasses.replace(base, mhc=dataclasses.replace(base.mhc, single_pass=True))
+
+
+CONFIGS = {
+    "model1": presets.tiny(),
+    "v32": presets.tiny_v32(),
+    "everything": everything(),
+    "single_pass": single_pass(),
+}
 
 
 def both(name: str) -> ModelConfig:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import MhcSeam, mhc_collapse_norm, mhc_seam
+from model1.ops.mhc.chain import MhcSeam, mhc_collapse_norm, mhc_enter, mhc_seam
 from model1.ops.norm import rms_norm
 from model1.testing.compare import assert_close_rows
 
@@ -34,6 +34,7 @@ pytest.importorskip("triton", reason="needs Triton: `make test` installs it on L
 pytestmark = MARKS
 NAMES = ("x", "y", "pre", "post", "comb", "phi", "scale", "bias", "weight")
 RESULTS = ("first", "written", "u", "post", "comb")
+ENTERING = ("x", "phi", "scale", "bias", "weight")
 IN_STREAM_DTYPE = ("first", "written", "u", "d_x", "d_y")
 SHAPES = [  # t, n, c, dtype
     (1, 4, 64, BF16),
@@ -57,6 +58,12 @@ def seam(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
     return [u, *mhc_seam(x, y, post, comb, phi, scale, bias, weight, **OPTIONS, backend=backend)]
 
 
+def entering(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
+    """The streams, and what a sublayer that follows none starts from."""
+    tensors = (inputs[name] for name in ENTERING)
+    return list(mhc_enter(*tensors, **OPTIONS, backend=backend))
+
+
 def unfused(inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
     x, y, pre, post, comb, phi, scale, bias, weight = (inputs[name] for name in NAMES)
     u = rms_norm(mhc_collapse(x, pre, backend=backend), weight, 1e-6)
@@ -73,20 +80,23 @@ def with_gradients(
     return run_with_gradients(run, inputs, backend, dtype)
 
 
-def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None:
+def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype], run: Any = seam) -> None:
     torch.manual_seed(1)
     inputs = make_inputs(*shape)
-    dtype = shape[3]
-    got, baseline = with_gradients(inputs, "triton"), with_gradients(inputs, "ref", dtype)
+    if run is entering:
+        inputs = {name: inputs[name] for name in ENTERING}
+    results, dtype = RESULTS[-len(run(inputs, "ref")) :], shape[3]
+    got = with_gradients(inputs, "triton", None, run)
+    baseline = with_gradients(inputs, "ref", dtype, run)
     with double_precision():
-        expected = with_gradients(inputs, "ref", torch.float64)
+        expected = with_gradients(inputs, "ref", torch.float64, run)
         # coefficients are of the streams as they are stored
+        stored = got[results.index("written")].detach().double()
         parameters = (inputs[name].double() for name in ("phi", "scale", "bias"))
-        of_stored = mhc_coefficients(
-            got[1].detach().double(), *parameters, **OPTIONS, backend="ref"
-        )
-    expected[3:5] = baseline[3:5] = of_stored[1:]
-    names = (*RESULTS, *(f"d_{name}" for name in NAMES))
+        of_stored = mhc_coefficients(stored, *parameters, **OPTIONS, backend="ref")
+    first = results.index("post")
+    expected[first : first + 2] = baseline[first : first + 2] = of_stored[1:]
+    names = (*results, *(f"d_{name}" for name in inputs))
     for name, out, base, want in zip(names, got, baseline, expected, strict=True):
         assert out.dtype == (dtype if name in IN_STREAM_DTYPE else FP32)
         if name[2:] in ("pre", "post", "comb", "scale", "bias", "weight"):
@@ -102,19 +112,21 @@ def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs larger shapes")
+@pytest.mark.parametrize("run", [seam, entering])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_results_and_gradients_follow_the_formula(
-    shape: tuple[int, int, int, torch.dtype],
+    shape: tuple[int, int, int, torch.dtype], run: Any
 ) -> None:
-    assert_follows_the_formula(shape)
+    assert_follows_the_formula(shape, run)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", [seam, entering])
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_results_and_gradients_follow_the_formula_on_a_gpu(
-    shape: tuple[int, int, int, torch.dtype],
+    shape: tuple[int, int, int, torch.dtype], run: Any
 ) -> None:
-    assert_follows_the_formula(shape)
+    assert_follows_the_formula(shape, run)
 
 
 def test_the_fused_chain_is_the_unfused_one() -> None:
@@ -209,6 +221,7 @@ def test_the_operators_describe_themselves_to_pytorch() -> None:
     for backend in ("triton", "ref"):
         for op, arguments in (
             (ops.mhc_collapse_norm, (x, pre, weight, 1e-6)),
+            (ops.mhc_enter, (x, phi, scale, bias, weight, 1, 1e-6, 1e-6)),
             (
                 ops.mhc_seam,
                 (x, y, post, comb, phi, scale, bias, weight, 1, 1e-6, 1e-6),

@@ -24,7 +24,7 @@ from call_cases_loss import learned
 from example_site import EXAMPLE, installed_example
 from line_budget import ROOT
 from lowrank_cases import CHOICE, SCAN, Shape, make_arguments
-from plug_in_cases import mixed, mixed_in_a_row, random
+from plug_in_cases import left, mixed, mixed_in_a_row, mixed_in_one_pass, random
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
@@ -229,7 +229,7 @@ SMALL = (
 
 
 MHC = [f"mhc_{x}{y}" for x in ("coefficients", "collapse", "write_back") for y in ("", "_backward")]
-CHAIN = [f"mhc_{x}{y}" for x in ("collapse_norm", "seam") for y in ("", "_backward")]
+CHAIN = [f"mhc_{x}{y}" for x in ("collapse_norm", "enter", "seam") for y in ("", "_backward")]
 # What the operators' own tests check only of kernels: gradients, quantised stores, long calls. The
 # other operators are tested by those alone.
 CASES: dict[str, Case] = (
@@ -242,6 +242,10 @@ CASES: dict[str, Case] = (
         "inverse_rope_gate": gated,
         "inverse_rope_gate_backward": gated,
         "linear_cross_entropy": learned,
+        "mhc_head": left,
+        "mhc_head_backward": left,
+        "mhc_write_back_collapse_norm": mixed_in_one_pass,
+        "mhc_write_back_collapse_norm_backward": mixed_in_one_pass,
         "lowrank_attention": attended_in_part,
         "lowrank_remainder": attended_in_part,
         "lowrank_topk": attended_in_part,

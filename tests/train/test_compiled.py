@@ -33,9 +33,12 @@ def batch() -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], torch.zeros(2, 16, dtype=torch.int64))
 
 
-def tiny_with_all() -> Model:
+def tiny_with_all(*, single_pass: bool = False) -> Model:
     """Every part on but dense attention, with a second head; away from the zero start."""
     config = dataclasses.replace(presets.tiny(), num_nextn_predict_layers=1)
+    assert config.mhc is not None
+    streams = dataclasses.replace(config.mhc, single_pass=single_pass)
+    config = dataclasses.replace(config, mhc=streams)
     model = Model(config, compression_table=np.arange(256) % 200)
     model.dense_attention = True
     with torch.no_grad():
@@ -53,14 +56,17 @@ def test_nothing_is_compiled_unless_asked() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("how", ["blocks", "model"])
-@pytest.mark.parametrize("kind", ["plain", "model1"])
+@pytest.mark.parametrize("kind", ["plain", "model1", "single pass"])
 def test_compiled_training_gives_the_same_loss_and_gradients(
     kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The graphs are captured but run by PyTorch: no compiler is needed on the test machine.
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: original(*a, **{**k, "backend": "eager"}))
-    model, rows = PlainTransformer(CONFIG) if kind == "plain" else tiny_with_all(), batch()
+    model: Model | PlainTransformer = PlainTransformer(CONFIG)
+    if kind != "plain":
+        model = tiny_with_all(single_pass=kind == "single pass")
+    rows = batch()
     settings = LossSection(chunk_tokens=16)
     expected = training_loss(model, rows, settings)["loss"]
     expected.backward()

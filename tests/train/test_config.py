@@ -39,6 +39,10 @@ def test_an_override_replaces_one_value() -> None:
         ("model.num_parameters=1000", "exactly one of preset, num_parameters and init_from"),
         ("schedule.decay_fraction=1.5", "decay_fraction must be in"),
         ("schedule.max_seconds=-1", "max_seconds must be positive"),
+        (
+            'model={kind="model1", preset="tiny", switch_off=["mhc"], single_pass=true}',
+            r"single_pass needs .*, got kind 'model1', preset 'tiny', switch_off \['mhc'\]",
+        ),
         ("log.every_steps=0", "every_steps must be positive, got 0"),
         ("seed", "an override must look like"),
         ("seed.x=1", "is not a section"),

@@ -121,6 +121,12 @@ def test_parts_can_be_switched_off(make_config: Make) -> None:
     assert not any("mhc" in name for name in model_tensors(trainer.model))
 
 
+def test_streams_may_be_weighed_one_sublayer_ahead(make_config: Make) -> None:
+    trainer = run(make_config(*SHORT, "model.single_pass=true", "schedule.max_steps=1"))
+    assert trainer.model.config.mhc.single_pass  # type: ignore[union-attr]
+    assert "mhc_head.fn" not in model_tensors(trainer.model)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to find")
 def test_a_gpu_that_is_absent_is_an_error(make_config: Make) -> None:
     with pytest.raises(DeviceError, match="absent"):

@@ -19,11 +19,13 @@ from model1.ops.backend import calls_ref_directly
 from model1.ops.mhc.checks import (
     check_coefficients,
     check_collapse,
+    check_head,
     check_sizes,
     check_write_back,
     usable,
 )
 from model1.ops.mhc.dispatch import COEFFICIENTS, COLLAPSE, WRITE_BACK
+from model1.ops.mhc.head_dispatch import HEAD
 from model1.ops.mhc.ref import (
     mhc_coefficients_ref,
     mhc_collapse_ref,
@@ -83,13 +85,21 @@ def mhc_coefficients(
 
 
 def mhc_head(
-    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *, eps: float, norm_eps: float
-) -> Tensor:
-    """The `pre` weights alone, [t, n] fp32, for the last collapse. phi: [n, n*c]; scale: [1]."""
-    n, c = x.shape[1], x.shape[2]
-    if phi.shape != (n, n * c) or scale.shape != (1,) or bias.shape != (n,):
-        raise ValueError(f"phi must be [{n}, {n * c}], scale [1] and bias [{n}]")
-    return mhc_head_ref(x, phi, scale, bias, eps=eps, norm_eps=norm_eps)
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, *,
+    eps: float, norm_eps: float, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """The `pre` weights alone, [t, n] fp32, for the last collapse. phi: [n, n*c]; scale: [1].
+
+    sigmoid(scale * (phi flat(x)) / rms(flat(x)) + bias) + eps; bias: [n]. Tokens, NaN, gradients,
+    backends and errors as in `mhc_coefficients`.
+    """
+    check_head(x, phi, scale, bias)
+    name = HEAD.resolve(usable(backend, x), x.device)
+    if not calls_ref_directly(name):
+        check_coefficients(x, phi, scale, bias)
+    if name == "ref":
+        return mhc_head_ref(x, phi, scale, bias, eps=eps, norm_eps=norm_eps)
+    return torch.ops.model1.mhc_head(x, phi, scale, bias, eps, norm_eps, name)[0]
 
 
 def mhc_collapse(x: Tensor, pre: Tensor, *, backend: str = "auto") -> Tensor:

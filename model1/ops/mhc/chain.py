@@ -4,8 +4,7 @@
 
 writes a sublayer's result back, weighs the new streams and collapses them for the next sublayer.
 Forward the streams are read three times and written once; backward their own gradient, which three
-operators make and four need, is written nowhere. The first sublayer's u is that of
-`mhc_collapse_norm` by `model1.ops.mhc.mhc_coefficients`.
+operators make and four need, is written nowhere. The first sublayer starts from `mhc_enter`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model1.ops.backend import calls_ref_directly
-from model1.ops.mhc.chain_dispatch import COLLAPSE_NORM, SEAM, CollapseNorm
+from model1.ops.mhc.chain_dispatch import COLLAPSE_NORM, ENTER, SEAM, CollapseNorm, Enter
 from model1.ops.mhc.checks import (
     check_coefficients,
     check_collapse,
@@ -25,13 +24,13 @@ from model1.ops.mhc.checks import (
     check_write_back,
     usable,
 )
-from model1.ops.mhc.ref import mhc_collapse_norm_ref, mhc_seam_ref
+from model1.ops.mhc.ref import mhc_collapse_norm_ref, mhc_enter_ref, mhc_seam_ref
 
 
 class MhcSeam(NamedTuple):
-    """What the second sublayer starts from."""
+    """What a sublayer starts from."""
 
-    x: Tensor  # [t, n, c], the new streams
+    x: Tensor  # [t, n, c], the streams that it is written back to
     u: Tensor  # [t, c], collapsed and normalised
     post: Tensor  # [t, n] fp32
     comb: Tensor  # [t, n, n] fp32
@@ -57,6 +56,28 @@ def mhc_collapse_norm(
     if name == "ref":
         return mhc_collapse_norm_ref(x, pre, weight, norm_eps=norm_eps), x
     return CollapseNorm.apply(x, pre, weight, norm_eps, name)
+
+
+def mhc_enter(
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, *,
+    iters: int, eps: float, norm_eps: float, backend: str = "auto",
+) -> MhcSeam:  # fmt: skip
+    """The seam before a sublayer that follows no other: `mhc_seam` with x' = x.
+
+    pre, post, comb = `mhc_coefficients`(x, phi, scale, bias); u = `mhc_collapse_norm`(x, pre,
+    weight). norm_eps is that of both root mean squares. The first result is x itself: what reads it
+    instead of x hands its gradient to this operator. Neither may be changed in place. Shapes and
+    the rest as there.
+    """
+    check_sizes(x, phi, scale, bias, iters)
+    name = ENTER.resolve(usable(backend, x), x.device)
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    if not calls_ref_directly(name):
+        check_coefficients(x, phi, scale, bias)
+        check_norm(x, weight)
+    if name == "ref":
+        return MhcSeam(x, *mhc_enter_ref(x, phi, scale, bias, weight, **options)[:3])
+    return MhcSeam(*Enter.apply(x, phi, scale, bias, weight, *options.values(), name))
 
 
 def mhc_seam(

@@ -33,6 +33,18 @@ def check_sizes(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, iters: int)
         raise ValueError(f"iters must be at least 1, got {iters}")
 
 
+def check_head(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """The same for `mhc_head`."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be [t, n, c], got {list(x.shape)}")
+    n, c = x.shape[1], x.shape[2]
+    if phi.shape != (n, n * c):
+        raise ValueError(f"phi must be [{n}, {n * c}], got {list(phi.shape)}")
+    if scale.shape != (1,) or bias.shape != (n,):
+        got = f"{list(scale.shape)} and {list(bias.shape)}"
+        raise ValueError(f"scale and bias must be [1] and [{n}], got {got}")
+
+
 def check_coefficients(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor) -> None:
     """The same for what else breaks the contract, which costs a step on the CPU too much to ask."""
     _check_streams(x)

@@ -286,7 +286,7 @@ def block_width(width: int) -> int:
 TYPES = {
     "x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "grad_ptr": "*bf16",
     "d_x_ptr": "*bf16", "d_y_ptr": "*bf16", "passed_ptr": "*bf16", "d_u_ptr": "*bf16",
-    "through_ptr": "*bf16", "short_ptr": "*bf16",
+    "through_ptr": "*bf16", "short_ptr": "*bf16", "u_ptr": "*bf16",
     "eps": "fp32", "norm_eps": "fp32",
 }  # fmt: skip
 SHIPPED = (4, 4096)  # n, c

@@ -74,6 +74,16 @@ def mhc_collapse_norm_triton(x: Tensor, pre: Tensor, weight: Tensor, *, norm_eps
     return out
 
 
+def mhc_enter_triton(
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """u, post, comb and pre, then what the gradient needs of the coefficients."""
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    pre, post, comb, saved = mhc_coefficients_triton(x, phi, scale, bias, **options)
+    return mhc_collapse_norm_triton(x, pre, weight, norm_eps=norm_eps), post, comb, pre, saved
+
+
 def mhc_seam_triton(
     x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
     weight: Tensor, *, iters: int, eps: float, norm_eps: float,
@@ -82,9 +92,7 @@ def mhc_seam_triton(
     check_kernel_streams(x)
     out = mhc_write_back_triton(x, y, post, comb)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-    pre, post, comb, saved = mhc_coefficients_triton(out, phi, scale, bias, **options)
-    u = mhc_collapse_norm_triton(out, pre, weight, norm_eps=norm_eps)
-    return out, u, post, comb, pre, saved
+    return out, *mhc_enter_triton(out, phi, scale, bias, weight, **options)
 
 
 def row_launch(

@@ -1,10 +1,10 @@
-"""Triton kernels for the gradient of a seam: see `model1.ops.mhc.chain`.
+"""Triton kernel for the gradient of a seam: see `model1.ops.mhc.chain`.
 
 The gradient of the new streams is needed by everything before them and is never stored: a warp
 makes it for a token, some channels at a time, from what comes from later, from the collapse and
-from the coefficients, and takes the write-back's gradients from its registers. What the collapse's sums
-over all channels are must be known before, see `portable_chain_backward`. The coefficients' part is
-a matrix of rank n*n + 2n, which PyTorch multiplies out: made here, it came in the matrix unit's
+from the coefficients, and takes the write-back's gradients from its registers. The collapse's sums
+over all channels must be known before, see `portable_chain_backward`. The coefficients' part is a
+matrix of rank n*n + 2n, which PyTorch multiplies out: made here, it came in the matrix unit's
 layout, in which everything else was slower than reading it costs (docs/log.md, 2026-12-01).
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type, and loops over
@@ -15,7 +15,7 @@ layout, in which everything else was slower than reading it costs (docs/log.md, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -59,6 +59,7 @@ def _seam_bwd_kernel(
     pre_ptr, post_ptr, comb_ptr, stats_ptr, d_product_ptr,
     d_x_ptr, d_y_ptr, d_post_ptr, d_comb_ptr,
     N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_THROUGH: tl.constexpr, WRITES_BACK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     # stats [t, 2] of the collapse; through [t, N, C]: what comes through the products of phi
@@ -66,42 +67,91 @@ def _seam_bwd_kernel(
     token = tl.program_id(0).to(tl.int64)
     rstd = tl.load(stats_ptr + 2 * token)
     drop = tl.load(stats_ptr + 2 * token + 1) * rstd * rstd
-    spread = tl.load(d_product_ptr + token * BLOCK_W + WIDTH)
     pre = numbers(pre_ptr + token * N, 0, 1, N)
-    post = numbers(post_ptr + token * N, 0, 1, N)
+    if HAS_THROUGH:
+        spread = tl.load(d_product_ptr + token * BLOCK_W + WIDTH)
     sums = ()  # d_post, then d_comb row by row
-    for _ in tl.static_range(N + N * N):
-        sums += (tl.zeros((BLOCK_C // RUN,), tl.float32),)
+    if WRITES_BACK:
+        post = numbers(post_ptr + token * N, 0, 1, N)
+        for _ in tl.static_range(N + N * N):
+            sums += (tl.zeros((BLOCK_C // RUN,), tl.float32),)
     for start in range(0, C, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         inside = channel < C
         # all loads first: none may pass a store
         out = tiles(out_ptr + token * (N * C), C, channel, inside, N)
         passed = tiles(passed_ptr + token * (N * C), C, channel, inside, N)
-        through = tiles(through_ptr + token * (N * C), C, channel, inside, N)
+        if HAS_THROUGH:
+            through = tiles(through_ptr + token * (N * C), C, channel, inside, N)
         d_u = tl.load(d_u_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
-        x = tiles(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
+        if WRITES_BACK:
+            y = tl.load(y_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
+            x = tiles(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
         weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
         d_collapsed = d_u * weight * rstd - drop * weighted(out, pre, N)
         total = ()
         for k in tl.static_range(N):
-            value = through[k].to(tl.float32) + passed[k].to(tl.float32) + d_collapsed * pre[k]
-            total += (value + spread * out[k].to(tl.float32),)
-        d_y = round_to(weighted(total, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
-        tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
-        new = add_products(sums[:N], y, total, RUN, N)
-        for j in tl.static_range(N):
-            wide = x[j].to(tl.float32)
-            new += add_products(sums[N + j * N : 2 * N + j * N], wide, total, RUN, N)
-            weights = numbers(comb_ptr + token * (N * N), j * N, 1, N)
-            d_x = round_to(weighted(total, weights, N), DTYPE, INTERPRETED)
-            tl.store(d_x_ptr + (token * N + j) * C + channel, d_x, mask=inside)
-        sums = new
-    for k in tl.static_range(N):
-        tl.store(d_post_ptr + token * N + k, tl.sum(sums[k], axis=0))
-    for i in tl.static_range(N * N):
-        tl.store(d_comb_ptr + token * (N * N) + i, tl.sum(sums[N + i], axis=0))
+            value = passed[k].to(tl.float32) + d_collapsed * pre[k]
+            if HAS_THROUGH:
+                value += through[k].to(tl.float32) + spread * out[k].to(tl.float32)
+            total += (value,)
+        if WRITES_BACK:
+            d_y = round_to(weighted(total, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
+            new = add_products(sums[:N], y, total, RUN, N)
+            for j in tl.static_range(N):
+                wide = x[j].to(tl.float32)
+                new += add_products(sums[N + j * N : 2 * N + j * N], wide, total, RUN, N)
+                weights = numbers(comb_ptr + token * (N * N), j * N, 1, N)
+                d_x = round_to(weighted(total, weights, N), DTYPE, INTERPRETED)
+                tl.store(d_x_ptr + (token * N + j) * C + channel, d_x, mask=inside)
+            sums = new
+        else:
+            for k in tl.static_range(N):
+                d_x = round_to(total[k], DTYPE, INTERPRETED)
+                tl.store(d_x_ptr + (token * N + k) * C + channel, d_x, mask=inside)
+    if WRITES_BACK:
+        for k in tl.static_range(N):
+            tl.store(d_post_ptr + token * N + k, tl.sum(sums[k], axis=0))
+        for i in tl.static_range(N * N):
+            tl.store(d_comb_ptr + token * (N * N) + i, tl.sum(sums[N + i], axis=0))
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the kernel takes such streams; else the operators' gradients run one by one."""
+    return x.dtype == torch.bfloat16 and x.shape[1] <= FUSED_STREAMS
+
+
+class SeamGradients(NamedTuple):
+    """What the gradient of the new streams is made of."""
+
+    d_u: Tensor  # [t, c]
+    passed: Tensor  # [t, n, c], from later
+    stats: Tensor  # [t, 2] of `collapse_gradient`
+    through: Tensor | None = None  # [t, n * c], through phi's products
+    product: Tensor | None = None  # `full` of `product_gradient`, with it
+
+
+def mhc_enter_backward_triton(
+    passed: Tensor | None, d_u: Tensor, d_post: Tensor, d_comb: Tensor,
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, pre: Tensor,
+    saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Those of `mhc_enter_backward_ref`, from contiguous gradients."""
+    x = x.contiguous()
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    if not is_fused(x):
+        return _enter_in_parts(
+            (passed, d_u, d_post, d_comb), x, phi, scale, bias, weight, pre, saved, **options
+        )
+    given = torch.zeros_like(x) if passed is None else passed
+    grads, *parameters = _through_coefficients(
+        (given, d_u, d_post, d_comb), x, phi, scale, bias, weight, pre, saved, **options
+    )
+    d_x = torch.empty_like(x)
+    if len(x) > 0:
+        _launch(grads, x, pre, weight, (x, x, pre, pre), (d_x, d_x, pre, pre), writes_back=False)
+    return d_x, *parameters
 
 
 def mhc_seam_backward_triton(
@@ -110,57 +160,84 @@ def mhc_seam_backward_triton(
     weight: Tensor, out: Tensor, pre: Tensor, saved: Tensor, *,
     iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Those of `mhc_seam_backward_ref`, from contiguous gradients.
+    """Those of `mhc_seam_backward_ref`, from contiguous gradients."""
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    parameters = out, phi, scale, bias, weight, pre, saved
+    if not is_fused(out):
+        total, *rest = _enter_in_parts((d_out, d_u, d_post, d_comb), *parameters, **options)
+        return *mhc_write_back_backward_triton(total, x, y, post, comb), *rest
+    grads, *rest = _through_coefficients((d_out, d_u, d_post, d_comb), *parameters, **options)
+    return *write_back_gradient(grads, x, y, post, comb, weight, out, pre), *rest
 
-    Streams that are not bf16, or more than FUSED_STREAMS, take the gradients of the three
-    operators one after the other.
-    """
-    options = {"iters": iters, "eps": eps}
-    if out.dtype != torch.bfloat16 or out.shape[1] > FUSED_STREAMS:
-        total, d_pre, d_weight = mhc_collapse_norm_backward_triton(
-            d_u, d_out, out, pre, weight, norm_eps=norm_eps
-        )
-        grads = d_pre, d_post, d_comb
-        product = product_gradient(grads, out, scale, bias, saved, **options)
-        total, d_phi = stream_gradient(out, phi, product.full, passed=total)
-        through = mhc_write_back_backward_triton(total, x, y, post, comb)
-        return *through, d_phi, product.d_scale, product.d_bias, d_weight
+
+def _through_coefficients(
+    grads: tuple[Tensor, ...], out: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor, pre: Tensor, saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[SeamGradients, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the streams' gradient is made of, then those of phi, scale, bias and the norm."""
+    passed, d_u, d_post, d_comb = grads
     d_pre, stats, d_weight = collapse_gradient(d_u, out, pre, weight, norm_eps=norm_eps)
-    product = product_gradient((d_pre, d_post, d_comb), out, scale, bias, saved, **options)
+    grads = d_pre, d_post, d_comb
+    product = product_gradient(grads, out, scale, bias, saved, iters=iters, eps=eps)
     d_phi = phi_gradient(out, phi, product.full)
     # rounded on the way twice, as the result's own
     through = product.short @ phi.to(out.dtype)
-    grads = d_u, d_out, through, stats, product.full
-    through = _seam_gradient(grads, x, y, post, comb, weight, out, pre)
-    return *through, d_phi, product.d_scale, product.d_bias, d_weight
+    whole = SeamGradients(d_u, passed, stats, through, product.full)
+    return whole, d_phi, product.d_scale, product.d_bias, d_weight
 
 
-def _seam_gradient(
-    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], x: Tensor, y: Tensor, post: Tensor,
-    comb: Tensor, weight: Tensor, out: Tensor, pre: Tensor,
+def _enter_in_parts(
+    grads: tuple[Tensor | None, ...], out: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
+    weight: Tensor, pre: Tensor, saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the streams, phi, scale, bias and the norm, one operator after the other."""
+    passed, d_u, d_post, d_comb = grads
+    assert d_u is not None
+    assert d_post is not None
+    assert d_comb is not None
+    total, d_pre, d_weight = mhc_collapse_norm_backward_triton(
+        d_u, passed, out, pre, weight, norm_eps=norm_eps
+    )
+    grads = d_pre, d_post, d_comb
+    product = product_gradient(grads, out, scale, bias, saved, iters=iters, eps=eps)
+    total, d_phi = stream_gradient(out, phi, product.full, passed=total)
+    return total, d_phi, product.d_scale, product.d_bias, d_weight
+
+
+def write_back_gradient(
+    grads: SeamGradients, x: Tensor, y: Tensor, post: Tensor, comb: Tensor, weight: Tensor,
+    out: Tensor, pre: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, y, post and comb.
-
-    grads: of u, of the new streams from later and from the products of phi, `stats` of
-    `collapse_gradient` and `full` of `product_gradient`.
-    """
+    """Gradients of x, y, post and comb."""
     t, n, c = out.shape
-    d_u, d_out, through, stats, product = grads
     d_x = torch.empty(t, n, c, dtype=x.dtype, device=x.device)
     d_y = torch.empty(t, c, dtype=y.dtype, device=x.device)
     d_post = torch.empty(t, n, dtype=torch.float32, device=x.device)
     d_comb = torch.empty(t, n, n, dtype=torch.float32, device=x.device)
     if t > 0:
-        x = with_adjacent_channels(x)
-        kernel: Any = _seam_bwd_kernel
-        with torch.cuda.device_of(x):
-            kernel[(t,)](
-                d_u, d_out, out, through, x, x.stride(0), x.stride(1), y.contiguous(),
-                weight.contiguous(), pre, post.contiguous(), comb.contiguous(), stats, product,
-                d_x, d_y, d_post, d_comb, INTERPRETED=knobs.runtime.interpret,
-                **seam_constants(n, c, x.element_size()), **launch_options(1, 1),
-            )  # fmt: skip
+        inputs = with_adjacent_channels(x), y.contiguous(), post.contiguous(), comb.contiguous()
+        _launch(grads, out, pre, weight, inputs, (d_x, d_y, d_post, d_comb), writes_back=True)
     return d_x, d_y, d_post.to(post.dtype), d_comb.to(comb.dtype)
+
+
+def _launch(
+    grads: SeamGradients, out: Tensor, pre: Tensor, weight: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], results: tuple[Tensor, Tensor, Tensor, Tensor],
+    *, writes_back: bool,
+) -> None:  # fmt: skip
+    """inputs: x, y, post and comb; results: their gradients, of which the first is enough."""
+    t, n, c = out.shape
+    x, y, post, comb = inputs
+    has_through = grads.through is not None
+    kernel: Any = _seam_bwd_kernel
+    with torch.cuda.device_of(x):
+        kernel[(t,)](
+            grads.d_u, grads.passed, out, grads.through if has_through else out,
+            x, x.stride(0), x.stride(1), y, weight.contiguous(), pre.contiguous(), post, comb,
+            grads.stats, grads.product if has_through else grads.stats, *results,
+            INTERPRETED=knobs.runtime.interpret, HAS_THROUGH=has_through, WRITES_BACK=writes_back,
+            **seam_constants(n, c, x.element_size()), **launch_options(1, 1),
+        )  # fmt: skip
 
 
 def seam_constants(n: int, c: int, element_bytes: int) -> dict[str, Any]:
@@ -168,11 +245,20 @@ def seam_constants(n: int, c: int, element_bytes: int) -> dict[str, Any]:
     width = n * n + 2 * n
     return {
         "N": n, "C": c, "WIDTH": width, "BLOCK_W": block_width(width),
-        "BLOCK_C": max(32, min(PIECE, triton.next_power_of_2(c))), "RUN": LOAD_BYTES // element_bytes,
+        "BLOCK_C": max(32, min(PIECE, triton.next_power_of_2(c))),
+        "RUN": LOAD_BYTES // element_bytes,
     }  # fmt: skip
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
-    """The gradient of a seam of four streams of 4096 channels."""
-    constants = seam_constants(*SHIPPED, 2) | {"INTERPRETED": False}
-    return [compile_case("seam backward", _seam_bwd_kernel, constants, 1)]
+    """The gradients of four streams of 4096 channels."""
+    cases = []
+    for name, has_through, writes_back in (
+        ("seam backward", True, True),
+        ("enter backward", True, False),
+        ("single pass backward", False, True),
+    ):
+        flags = {"INTERPRETED": False, "HAS_THROUGH": has_through, "WRITES_BACK": writes_back}
+        constants = seam_constants(*SHIPPED, 2) | flags
+        cases.append(compile_case(name, _seam_bwd_kernel, constants, 1))
+    return cases

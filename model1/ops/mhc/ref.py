@@ -105,6 +105,24 @@ def mhc_head_ref(
     return torch.sigmoid(_scaled_product(x, phi, scale, bias, norm_eps)) + eps
 
 
+def mhc_head_backward_ref(
+    d_pre: Tensor, x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, saved: Tensor, *,
+    eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, phi, scale and bias; saved as in `mhc_coefficients_backward_ref`."""
+    flat, weight, factor = x.flatten(1).float(), phi.float(), scale.float()
+    rstd = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + norm_eps)
+    z = F.linear(flat, weight) * rstd
+    gate = torch.sigmoid(torch.addcmul(bias.float(), z, factor))
+    d_logits = d_pre * gate * (1.0 - gate)
+    d_product = d_logits * factor * rstd
+    along = (d_product * z).sum(dim=-1, keepdim=True) * rstd / flat.shape[1]
+    d_x = (d_product @ weight - along * flat).view(x.shape)
+    d_scale, d_bias = (d_logits * z).sum().view(1), d_logits.sum(dim=0)
+    d_phi = d_product.mT @ flat
+    return d_x.type_as(x), d_phi.type_as(phi), d_scale.type_as(scale), d_bias.type_as(bias)
+
+
 def _scaled_product(x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, norm_eps: float) -> Tensor:
     """scale * (phi flat(x)) / rms(flat(x)) + bias, one row a token."""
     flat = x.flatten(1).float()
@@ -172,6 +190,55 @@ def mhc_collapse_norm_backward_ref(
     return d_x.type_as(x), d_pre.type_as(pre), d_weight.type_as(weight)
 
 
+def mhc_write_back_collapse_norm_ref(
+    x: Tensor, y: Tensor, post: Tensor, comb: Tensor, pre: Tensor, weight: Tensor, *,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `model1.ops.mhc.single_pass.mhc_write_back_collapse_norm`."""
+    out = mhc_write_back_ref(x, y, post, comb)
+    return mhc_collapse_norm_ref(out, pre, weight, norm_eps=norm_eps), out
+
+
+def mhc_write_back_collapse_norm_backward_ref(
+    grad: Tensor, passed: Tensor | None, x: Tensor, y: Tensor, post: Tensor, comb: Tensor,
+    pre: Tensor, weight: Tensor, out: Tensor, *, norm_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the six tensors from that of u' and, unless None, that of x', which is out."""
+    total, d_pre, d_weight = mhc_collapse_norm_backward_ref(
+        grad, passed, out, pre, weight, norm_eps=norm_eps
+    )
+    return *mhc_write_back_backward_ref(total, x, y, post, comb), d_pre, d_weight
+
+
+def mhc_enter_ref(
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """u, post and comb of `model1.ops.mhc.chain.mhc_enter`; and, the fourth, `pre`."""
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    pre, post, comb = mhc_coefficients_ref(x, phi, scale, bias, **options)
+    return mhc_collapse_norm_ref(x, pre, weight, norm_eps=norm_eps), post, comb, pre
+
+
+def mhc_enter_backward_ref(
+    passed: Tensor | None, d_u: Tensor, d_post: Tensor, d_comb: Tensor,
+    x: Tensor, phi: Tensor, scale: Tensor, bias: Tensor, weight: Tensor, pre: Tensor,
+    saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the five tensors that the forward takes; passed: that of x passed on.
+
+    pre: what it returned fourth; saved: what a backend's forward returned behind it, here nothing.
+    """
+    total, d_pre, d_weight = mhc_collapse_norm_backward_ref(
+        d_u, passed, x, pre, weight, norm_eps=norm_eps
+    )
+    options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
+    through, *parameters = mhc_coefficients_backward_ref(
+        d_pre, d_post, d_comb, x, phi, scale, bias, saved, **options
+    )
+    return (total.float() + through.float()).type_as(x), *parameters, d_weight
+
+
 def mhc_seam_ref(
     x: Tensor, y: Tensor, post: Tensor, comb: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
     weight: Tensor, *, iters: int, eps: float, norm_eps: float,
@@ -179,8 +246,7 @@ def mhc_seam_ref(
     """See `model1.ops.mhc.chain.mhc_seam`; and, the fifth, the new `pre`."""
     out = mhc_write_back_ref(x, y, post, comb)
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-    pre, post, comb = mhc_coefficients_ref(out, phi, scale, bias, **options)
-    return out, mhc_collapse_norm_ref(out, pre, weight, norm_eps=norm_eps), post, comb, pre
+    return out, *mhc_enter_ref(out, phi, scale, bias, weight, **options)
 
 
 def mhc_seam_backward_ref(
@@ -194,12 +260,8 @@ def mhc_seam_backward_ref(
     out, pre: what it returned first and fifth; saved: what a backend's forward returned behind
     them, here nothing.
     """
-    total, d_pre, d_weight = mhc_collapse_norm_backward_ref(
-        d_u, d_out, out, pre, weight, norm_eps=norm_eps
-    )
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
-    through, *parameters = mhc_coefficients_backward_ref(
-        d_pre, d_post, d_comb, out, phi, scale, bias, saved, **options
+    total, *parameters = mhc_enter_backward_ref(
+        d_out, d_u, d_post, d_comb, out, phi, scale, bias, weight, pre, saved, **options
     )
-    total = (total.float() + through.float()).type_as(x)
-    return *mhc_write_back_backward_ref(total, x, y, post, comb), *parameters, d_weight
+    return *mhc_write_back_backward_ref(total, x, y, post, comb), *parameters
