@@ -1,0 +1,276 @@
+# Gluon functions run in a compiler whose values, calls and constants a type checker does not know.
+# pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
+# pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
+# pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
+# pyright: reportPossiblyUnboundVariable=none
+"""Sparse prefill backward on Hopper: one program per query and 64 heads, all eight warps alike.
+
+With X = [q; dout] in shared memory a block of 64 keys k takes k X^T (logits and dp), ds k (its part
+of dq) and W^T X with W = [ds; p] (the gradient of its rows). Keys are free when the second product
+is done: the next ones come while the third runs and its rows are added to dkv. Rows of X are in
+groups of 32 heads, q, dout, q, dout: each of the two warp groups then computes logits and dp of the
+same 32 heads in one product. docs/kernels_hopper.md has budgets and reasons.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from model1.ops.hopper.attend import tile_layout
+
+_KEYS = gl.constexpr(64)  # of a block
+_HEADS = gl.constexpr(64)  # of a program
+_GROUP = gl.constexpr(32)  # heads of a warp group's scores
+_VALUES = gl.constexpr(512)  # channels of dout
+_ROPE = gl.constexpr(64)  # channels behind them, where rows have such
+_LOG2_E = gl.constexpr(1.4426950408889634)
+_SIZES = [
+    "stride_dt", "stride_dh", "stride_qt", "stride_qh", "stride_kv", "stride_topk", "first_row",
+    "num_heads", "num_keys", "topk", "zero",
+]  # fmt: skip
+
+
+@gluon.constexpr_function
+def _product_layout(n):
+    """64 rows of which each of the two warp groups has every other n columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, n, 16])
+
+
+@gluon.constexpr_function
+def _copy_layout():
+    """Rows x channels, 16 bytes a lane, eight lanes to 128 bytes of a row."""
+    return gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _row_layout(n):
+    """64 keys x 2n channels as `_product_layout` gives them to warps; eight lanes have 128 bytes.
+
+    Only lanes of one warp exchange what they have, and four rows are added at once.
+    """
+    in_lane = [[0, 1], [0, 2]] + [[0, 1 << i] for i in range(4, n.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[*in_lane, [8, 0]],
+        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [0, n]],
+        block_bases=[],
+        shape=[64, 2 * n],
+    )
+
+
+@gluon.jit
+def _copy(rows, exists, tile, FIRST: gl.constexpr, NUM: gl.constexpr):
+    """Start copying NUM channels of `rows` from FIRST on; zeros where no row exists."""
+    channel = gl.arange(0, NUM, layout=gl.SliceLayout(0, _copy_layout()))[None, :] + FIRST
+    async_copy.async_copy_global_to_shared(tile, rows[:, None] + channel, mask=exists[:, None])
+
+
+@gluon.jit
+def _copy_heads(
+    x, q_rope, q_row, dout_row, stride_qh, stride_dh, first_head, num_heads,
+    HAS_ROPE: gl.constexpr,
+):  # fmt: skip
+    """Start copying X, and q's rotary channels."""
+    ROW: gl.constexpr = gl.SliceLayout(1, _copy_layout())
+    for i in gl.static_range(2):
+        head = first_head + i * _GROUP + gl.arange(0, _GROUP, layout=ROW)
+        exists = head < num_heads
+        head = head.to(gl.int64) * 8
+        tile = x.slice(2 * i * _GROUP, _GROUP)
+        _copy(q_row + head * stride_qh, exists, tile, 0, _VALUES)
+        tile = x.slice((2 * i + 1) * _GROUP, _GROUP)
+        _copy(dout_row + head * stride_dh, exists, tile, 0, _VALUES)
+    if HAS_ROPE:
+        head = first_head + gl.arange(0, _HEADS, layout=ROW)
+        exists = head < num_heads
+        _copy(q_row + head.to(gl.int64) * 8 * stride_qh, exists, q_rope, _VALUES, _ROPE)
+
+
+@gluon.jit
+def _load_indices(entries, start, length, num_keys, LAYOUT: gl.constexpr):
+    """Entries of a block of a list, -1 where none is valid."""
+    position = start + gl.arange(0, _KEYS, layout=LAYOUT)
+    index = gl.load(entries + position, mask=position < length, other=-1)
+    return gl.where((index >= 0) & (index < num_keys), index, -1)
+
+
+@gluon.jit
+def _copy_keys(kv_ptr, stride_kv, index, k, k_rope, HAS_ROPE: gl.constexpr):
+    """Start copying the rows of `index`; the group is committed."""
+    rows = kv_ptr + gl.maximum(index, 0).to(gl.int64) * stride_kv * 8
+    _copy(rows, index >= 0, k, 0, _VALUES)
+    if HAS_ROPE:
+        _copy(rows, index >= 0, k_rope, _VALUES, _ROPE)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _scores(x, q_rope, k, k_rope, HAS_ROPE: gl.constexpr):
+    """Logits before their scale and dp, each [keys, heads]."""
+    PAIRS: gl.constexpr = _product_layout(2 * _GROUP)
+    S: gl.constexpr = _product_layout(_GROUP)
+    both = gl.full([_KEYS, 2 * _HEADS], 0.0, gl.float32, layout=PAIRS)
+    both = warpgroup_mma(k, x.permute((1, 0)), both, use_acc=False, is_async=True)
+    if HAS_ROPE:
+        more = gl.full([_KEYS, _HEADS], 0.0, gl.float32, layout=S)
+        more = warpgroup_mma(k_rope, q_rope.permute((1, 0)), more, use_acc=False, is_async=True)
+        both, more = warpgroup_mma_wait(0, deps=[both, more])
+    else:
+        both = warpgroup_mma_wait(0, deps=[both])
+    both = gl.reshape(both, [_KEYS, 2, 2, _GROUP])
+    s, dp = gl.split(gl.permute(both, [0, 1, 3, 2]))
+    s = gl.convert_layout(gl.reshape(s, [_KEYS, _HEADS]), S, assert_trivial=True)
+    dp = gl.convert_layout(gl.reshape(dp, [_KEYS, _HEADS]), S, assert_trivial=True)
+    return s + more if HAS_ROPE else s, dp
+
+
+@gluon.jit
+def _start_rows(ds, p, x, zero, C: gl.constexpr, PIECE: gl.constexpr):
+    """Piece C of the gradient of the keys' rows, to be waited for."""
+    rows = gl.full([_KEYS, PIECE], 0.0, gl.float32, layout=_product_layout(PIECE // 2))
+    for i in gl.static_range(2):
+        a = ds.slice(i * _GROUP, _GROUP).permute((1, 0))
+        b = x.slice(2 * i * _GROUP, _GROUP).slice(C * PIECE, PIECE, dim=1)
+        rows = warpgroup_mma(a, b, rows, use_acc=i > 0, is_async=True)
+        a = p.slice(i * _GROUP, _GROUP).permute((1, 0))
+        b = x.slice((2 * i + 1) * _GROUP, _GROUP).slice(C * PIECE, PIECE, dim=1)
+        rows = warpgroup_mma(a, b, rows, is_async=True)
+    return rows
+
+
+@gluon.jit
+def _add_rows(
+    rows, dkv, entries, start, length, num_keys, FIRST: gl.constexpr, NUM: gl.constexpr,
+    D: gl.constexpr, DETERMINISTIC: gl.constexpr,
+):  # fmt: skip
+    """Add NUM channels from FIRST on of 64 keys to dkv or, if DETERMINISTIC, write the pairs."""
+    LAYOUT: gl.constexpr = _row_layout(NUM // 2)
+    index = _load_indices(entries, start, length, num_keys, gl.SliceLayout(1, LAYOUT))
+    channel = gl.arange(0, NUM, layout=gl.SliceLayout(0, LAYOUT))[None, :] + FIRST
+    values = gl.convert_layout(rows, LAYOUT)
+    mask = (index >= 0)[:, None] & (channel >= 0)
+    if DETERMINISTIC:
+        place = start + gl.arange(0, _KEYS, layout=gl.SliceLayout(1, LAYOUT))
+        gl.store(dkv + place.to(gl.int64)[:, None] * D + channel, values, mask=mask)
+    else:
+        at = dkv + gl.maximum(index, 0).to(gl.int64)[:, None] * D + channel
+        gl.atomic_add(at, values, mask=mask, sem="relaxed")
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def _sparse_attn_bwd_hopper_kernel(
+    dout_ptr, q_ptr, kv_ptr, topk_indices_ptr, topk_length_ptr, log2_total_ptr, delta_ptr,
+    dq_ptr, dkv_ptr,
+    stride_dt, stride_dh, stride_qt, stride_qh, stride_kv, stride_topk,
+    first_row, num_heads, num_keys, topk, softmax_scale, zero,
+    D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """dq of the queries from first_row on, and dkv or, if DETERMINISTIC, the pairs in its place.
+
+    Strides of dout, q and kv count 8 numbers. zero: 0 at run time, since known indices would have
+    every matrix descriptor computed ahead and spilled. PIECE channels of rows of dkv are computed
+    at a time; AHEAD: the next piece while this one is added.
+    """
+    HAS_ROPE: gl.constexpr = D > _VALUES
+    S: gl.constexpr = _product_layout(_GROUP)
+    HEAD: gl.constexpr = gl.SliceLayout(0, S)
+    COPIED: gl.constexpr = gl.SliceLayout(1, _copy_layout())
+    TILE: gl.constexpr = tile_layout(2)
+    NUM_PIECES: gl.constexpr = _VALUES // PIECE
+    x = gl.allocate_shared_memory(gl.bfloat16, [1, 2 * _HEADS, _VALUES], TILE)
+    k = gl.allocate_shared_memory(gl.bfloat16, [1, _KEYS, _VALUES], TILE)
+    ds_tile = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _KEYS], TILE)
+    p_tile = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _KEYS], TILE)
+    q_rope, k_rope = x, k
+    if HAS_ROPE:
+        q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _ROPE], TILE)
+        k_rope = gl.allocate_shared_memory(gl.bfloat16, [1, _KEYS, _ROPE], TILE)
+    num_tiles = (num_heads + _HEADS - 1) // _HEADS
+    i = first_row + (gl.program_id(0) // num_tiles).to(gl.int64)
+    first_head = (gl.program_id(0) % num_tiles) * _HEADS
+    _copy_heads(
+        x.index(0), q_rope.index(0), q_ptr + i * stride_qt * 8, dout_ptr + i * stride_dt * 8,
+        stride_qh, stride_dh, first_head, num_heads, HAS_ROPE,
+    )  # fmt: skip
+    length = topk
+    if topk_length_ptr is not None:
+        length = gl.minimum(gl.load(topk_length_ptr + i), topk)
+    entries = topk_indices_ptr + i * stride_topk
+    dkv = dkv_ptr
+    if DETERMINISTIC:
+        dkv += gl.program_id(0).to(gl.int64) * topk * D
+    index = _load_indices(entries, 0, length, num_keys, COPIED)
+    _copy_keys(kv_ptr, stride_kv, index, k.index(0), k_rope.index(0), HAS_ROPE)
+    index = _load_indices(entries, _KEYS, length, num_keys, COPIED)
+    dq = gl.full([_HEADS, _VALUES], 0.0, gl.float32, layout=_product_layout(128))
+    dq_rope = dq
+    if HAS_ROPE:
+        dq_rope = gl.full([_HEADS, _ROPE], 0.0, gl.float32, layout=S)
+    head = first_head + gl.arange(0, _HEADS, layout=HEAD)
+    row = i * num_heads + head
+    for start in range(0, length, _KEYS):
+        a = start * zero
+        is_key = _load_indices(entries, start, length, num_keys, gl.SliceLayout(1, S)) >= 0
+        log2_total = gl.load(log2_total_ptr + row, mask=head < num_heads, other=0.0)
+        delta = gl.load(delta_ptr + row, mask=head < num_heads, other=0.0)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        s, dp = _scores(x.index(a), q_rope.index(a), k.index(a), k_rope.index(a), HAS_ROPE)
+        p = gl.exp2(s * (softmax_scale * _LOG2_E) - log2_total[None, :])
+        p = gl.where(is_key[:, None], p, 0.0)
+        ds = (p * (dp - delta[None, :]) * softmax_scale).to(gl.bfloat16)
+        ds_tile.index(a).permute((1, 0)).store(ds)
+        p_tile.index(a).permute((1, 0)).store(p.to(gl.bfloat16))
+        fence_async_shared()
+        gl.thread_barrier()
+        dq = warpgroup_mma(ds_tile.index(a), k.index(a), dq, is_async=True)
+        if HAS_ROPE:
+            dq_rope = warpgroup_mma(ds_tile.index(a), k_rope.index(a), dq_rope, is_async=True)
+            dq, dq_rope = warpgroup_mma_wait(0, deps=[dq, dq_rope])
+        else:
+            dq = warpgroup_mma_wait(0, deps=[dq])
+        rows = _start_rows(ds_tile.index(a), p_tile.index(a), x.index(a), zero, 0, PIECE)
+        gl.thread_barrier()  # all warps have multiplied with the keys
+        _copy_keys(kv_ptr, stride_kv, index, k.index(a), k_rope.index(a), HAS_ROPE)
+        index = _load_indices(entries, start + 2 * _KEYS, length, num_keys, COPIED)
+        for c in gl.static_range(NUM_PIECES):
+            done = warpgroup_mma_wait(0, deps=[rows])
+            if c + 1 < NUM_PIECES and AHEAD:
+                rows = _start_rows(
+                    ds_tile.index(a), p_tile.index(a), x.index(a), zero, c + 1, PIECE
+                )
+            _add_rows(
+                done, dkv, entries, start, length, num_keys, c * PIECE, PIECE, D, DETERMINISTIC
+            )
+            if c + 1 < NUM_PIECES and not AHEAD:
+                rows = _start_rows(
+                    ds_tile.index(a), p_tile.index(a), x.index(a), zero, c + 1, PIECE
+                )
+        if HAS_ROPE:
+            more = gl.full([_KEYS, _ROPE], 0.0, gl.float32, layout=S)
+            more = warpgroup_mma(
+                ds_tile.index(a).permute((1, 0)), q_rope.index(a), more, use_acc=False,
+                is_async=True,
+            )  # fmt: skip
+            more = warpgroup_mma_wait(0, deps=[more])
+            _add_rows(
+                more, dkv, entries, start, length, num_keys, _VALUES, _ROPE, D, DETERMINISTIC
+            )
+    async_copy.wait_group(0)
+    head = first_head + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _product_layout(128)))
+    channel = gl.arange(0, _VALUES, layout=gl.SliceLayout(0, _product_layout(128)))
+    at = dq_ptr + (i * num_heads + head)[:, None] * D + channel[None, :]
+    gl.store(at, dq.to(gl.bfloat16), mask=(head < num_heads)[:, None])
+    if HAS_ROPE:
+        head = first_head + gl.arange(0, _HEADS, layout=gl.SliceLayout(1, S))
+        channel = gl.arange(0, _ROPE, layout=gl.SliceLayout(0, S)) + _VALUES
+        at = dq_ptr + (i * num_heads + head)[:, None] * D + channel[None, :]
+        gl.store(at, dq_rope.to(gl.bfloat16), mask=(head < num_heads)[:, None])
