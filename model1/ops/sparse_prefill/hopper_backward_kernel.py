@@ -3,13 +3,14 @@
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
 # pyright: reportPossiblyUnboundVariable=none
-"""Sparse prefill backward on Hopper: one program per query and 64 heads, all eight warps alike.
+"""Sparse prefill backward on Hopper: one program per query and 64 heads.
 
 With X = [q; dout] in shared memory a block of 64 keys k takes k X^T (logits and dp), ds k (its part
-of dq) and W^T X with W = [ds; p] (the gradient of its rows). Keys are free when the second product
-is done: the next ones come while the third runs and its rows are added to dkv. Rows of X are in
-groups of 32 heads, q, dout, q, dout: each of the two warp groups then computes logits and dp of the
-same 32 heads in one product. docs/kernels_hopper.md has budgets and reasons.
+of dq) and W^T X with W = [ds; p] (the gradient of its rows, added to dkv). Keys are free when the
+second product is done: the next ones come while the third runs. In one kernel four warps fetch keys
+and weigh them while eight add what was weighed before, in the other eight do all of it in turns.
+Rows of X are in groups of 32 heads, q, dout, q, dout, so that a warp group finds logits and dp of
+the same heads in one product. docs/kernels_hopper.md has budgets and reasons.
 """
 
 from __future__ import annotations
@@ -193,6 +194,54 @@ def _add_rows(
 
 
 @gluon.jit
+def _start_block(
+    dq, dq_rope, ds, p, x, k, k_rope, PIECE: gl.constexpr, HAS_ROPE: gl.constexpr
+):
+    """dq with the part of a block of keys, which this reads last; piece 0 of their gradient."""
+    dq = warpgroup_mma(ds, k, dq, is_async=True)
+    if HAS_ROPE:
+        dq_rope = warpgroup_mma(ds, k_rope, dq_rope, is_async=True)
+    rows = _issue_rows(ds, p, x, 0, PIECE)
+    if HAS_ROPE:
+        dq, dq_rope = warpgroup_mma_wait(4, deps=[dq, dq_rope])
+    else:
+        dq = warpgroup_mma_wait(4, deps=[dq])
+        dq_rope = dq
+    return dq, dq_rope, rows
+
+
+@gluon.jit
+def _finish_block(
+    rows, ds, p, x, q_rope, dkv, entries, start, length, num_keys, w_free,
+    D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Compute and add the gradient of a block's rows, of which piece 0 has been issued.
+
+    w_free: a barrier, arrived at when ds and p have been read, or a number where there is none.
+    """
+    HAS_ROPE: gl.constexpr = D > _VALUES
+    HAS_BARRIER: gl.constexpr = isinstance(w_free, gl.shared_memory_descriptor)
+    NUM_PIECES: gl.constexpr = _VALUES // PIECE
+    ROW: gl.constexpr = gl.SliceLayout(1, _row_layout(PIECE // 2))
+    index = _load_indices(entries, start, length, num_keys, ROW)
+    for c in gl.static_range(NUM_PIECES):
+        done = warpgroup_mma_wait(0, deps=[rows])
+        if AHEAD and c + 1 < NUM_PIECES:
+            rows = _issue_rows(ds, p, x, c + 1, PIECE)
+        if HAS_BARRIER and c + 1 == NUM_PIECES and not HAS_ROPE:
+            mbarrier.arrive(w_free, count=1)
+        _add_rows(done, dkv, index, start, c * PIECE, PIECE, D, DETERMINISTIC)
+        if not AHEAD and c + 1 < NUM_PIECES:
+            rows = _issue_rows(ds, p, x, c + 1, PIECE)
+    if HAS_ROPE:
+        rope_rows = _issue_rope_rows(ds, q_rope)
+        rope_rows = warpgroup_mma_wait(0, deps=[rope_rows])
+        if HAS_BARRIER:
+            mbarrier.arrive(w_free, count=1)
+        _add_rows(rope_rows, dkv, index, start, _VALUES, _ROPE, D, DETERMINISTIC)
+
+
+@gluon.jit
 def _store_queries(dq_rows, dq, head, num_heads, FIRST: gl.constexpr, D: gl.constexpr):
     """Write channels from FIRST on of the gradient of heads from `head` on."""
     head += gl.arange(0, _HEADS, layout=gl.SliceLayout(1, dq.type.layout))
@@ -264,41 +313,22 @@ def _add_blocks(
 ):  # fmt: skip
     """The eight warps that compute dq and the gradients of the keys' rows."""
     HAS_ROPE: gl.constexpr = D > _VALUES
-    NUM_PIECES: gl.constexpr = _VALUES // PIECE
-    ADDED: gl.constexpr = gl.SliceLayout(1, _row_layout(PIECE // 2))
     dq = gl.full([_HEADS, _VALUES], 0.0, gl.float32, layout=_product_layout(128, 8))
     dq_rope = dq
     if HAS_ROPE:
         dq_rope = gl.full([_HEADS, _ROPE], 0.0, gl.float32, layout=_product_layout(_ROPE // 2, 8))
     for start in range(0, length, _KEYS):
         a = start * zero
-        index = _load_indices(entries, start, length, num_keys, ADDED)
         mbarrier.wait(w_ready.index(0), (start // _KEYS) & 1)
-        ds = ds_tile.index(a)
-        p = p_tile.index(a)
-        dq = warpgroup_mma(ds, k.index(a), dq, is_async=True)
-        if HAS_ROPE:
-            dq_rope = warpgroup_mma(ds, k_rope.index(a), dq_rope, is_async=True)
-        rows = _issue_rows(ds, p, x.index(a), 0, PIECE)
-        if HAS_ROPE:
-            dq, dq_rope = warpgroup_mma_wait(4, deps=[dq, dq_rope])
-        else:
-            dq = warpgroup_mma_wait(4, deps=[dq])
+        dq, dq_rope, rows = _start_block(
+            dq, dq_rope, ds_tile.index(a), p_tile.index(a), x.index(a), k.index(a),
+            k_rope.index(a), PIECE, HAS_ROPE,
+        )  # fmt: skip
         mbarrier.arrive(k_free.index(0), count=1)
-        for c in gl.static_range(NUM_PIECES):
-            done = warpgroup_mma_wait(0, deps=[rows])
-            if AHEAD and c + 1 < NUM_PIECES:
-                rows = _issue_rows(ds, p, x.index(a), c + 1, PIECE)
-            if c + 1 == NUM_PIECES and not HAS_ROPE:
-                mbarrier.arrive(w_free.index(0), count=1)
-            _add_rows(done, dkv, index, start, c * PIECE, PIECE, D, DETERMINISTIC)
-            if not AHEAD and c + 1 < NUM_PIECES:
-                rows = _issue_rows(ds, p, x.index(a), c + 1, PIECE)
-        if HAS_ROPE:
-            rope_rows = _issue_rope_rows(ds, q_rope.index(a))
-            rope_rows = warpgroup_mma_wait(0, deps=[rope_rows])
-            mbarrier.arrive(w_free.index(0), count=1)
-            _add_rows(rope_rows, dkv, index, start, _VALUES, _ROPE, D, DETERMINISTIC)
+        _finish_block(
+            rows, ds_tile.index(a), p_tile.index(a), x.index(a), q_rope.index(a), dkv, entries,
+            start, length, num_keys, w_free.index(0), D, DETERMINISTIC, PIECE, AHEAD,
+        )  # fmt: skip
     _store_queries(dq_rows, dq, first_head, num_heads, 0, D)
     if HAS_ROPE:
         _store_queries(dq_rows, dq_rope, first_head, num_heads, _VALUES, D)
@@ -363,3 +393,88 @@ def _sparse_attn_bwd_hopper_kernel(
             D, DETERMINISTIC, PIECE, AHEAD,
         )),
     ], [8], [REGISTERS])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def _sparse_attn_bwd_even_kernel(
+    dout_ptr, q_ptr, kv_ptr, topk_indices_ptr, topk_length_ptr, log2_total_ptr, delta_ptr,
+    dq_ptr, dkv_ptr,
+    stride_dt, stride_dh, stride_qt, stride_qh, stride_kv, stride_topk,
+    first_row, num_heads, num_keys, topk, softmax_scale, zero,
+    D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """`_sparse_attn_bwd_hopper_kernel` by eight warps that are all alike."""
+    HAS_ROPE: gl.constexpr = D > _VALUES
+    S: gl.constexpr = _product_layout(_GROUP, 8)
+    COPIED: gl.constexpr = gl.SliceLayout(1, _copy_layout(8))
+    TILE: gl.constexpr = tile_layout(2)
+    x = gl.allocate_shared_memory(gl.bfloat16, [1, 2 * _HEADS, _VALUES], TILE)
+    k = gl.allocate_shared_memory(gl.bfloat16, [1, _KEYS, _VALUES], TILE)
+    ds_tile = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _KEYS], TILE)
+    p_tile = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _KEYS], TILE)
+    q_rope, k_rope = x, k
+    if HAS_ROPE:
+        q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _ROPE], TILE)
+        k_rope = gl.allocate_shared_memory(gl.bfloat16, [1, _KEYS, _ROPE], TILE)
+    num_tiles = (num_heads + _HEADS - 1) // _HEADS
+    i = first_row + (gl.program_id(0) // num_tiles).to(gl.int64)
+    first_head = (gl.program_id(0) % num_tiles) * _HEADS
+    length = topk
+    if topk_length_ptr is not None:
+        length = gl.minimum(gl.load(topk_length_ptr + i), topk)
+    entries = topk_indices_ptr + i * stride_topk
+    dkv = dkv_ptr
+    if DETERMINISTIC:
+        dkv += gl.program_id(0).to(gl.int64) * topk * D
+    _copy_heads(
+        x.index(0), q_rope.index(0), q_ptr + i * stride_qt * 8, dout_ptr + i * stride_dt * 8,
+        stride_qh, stride_dh, first_head, num_heads, 8, HAS_ROPE,
+    )  # fmt: skip
+    index = _load_indices(entries, 0, length, num_keys, COPIED)
+    _copy_keys(kv_ptr, stride_kv, index, k.index(0), k_rope.index(0), 8, HAS_ROPE)
+    index = _load_indices(entries, _KEYS, length, num_keys, COPIED)
+    dq = gl.full([_HEADS, _VALUES], 0.0, gl.float32, layout=_product_layout(128, 8))
+    dq_rope = dq
+    if HAS_ROPE:
+        dq_rope = gl.full([_HEADS, _ROPE], 0.0, gl.float32, layout=S)
+    head = first_head + gl.arange(0, _HEADS, layout=gl.SliceLayout(0, S))
+    row = i * num_heads + head
+    for start in range(0, length, _KEYS):
+        a = start * zero
+        is_key = _load_indices(entries, start, length, num_keys, gl.SliceLayout(1, S)) >= 0
+        log2_total = gl.load(log2_total_ptr + row, mask=head < num_heads, other=0.0)
+        delta = gl.load(delta_ptr + row, mask=head < num_heads, other=0.0)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        both, more = _issue_scores(
+            x.index(a), q_rope.index(a), k.index(a), k_rope.index(a), 0, 2 * _HEADS, 8, HAS_ROPE
+        )
+        if HAS_ROPE:
+            both, more = warpgroup_mma_wait(0, deps=[both, more])
+        else:
+            both = warpgroup_mma_wait(0, deps=[both])
+            more = both
+        ds, p = _weights(
+            both, more, is_key, log2_total, delta, softmax_scale, _HEADS, 8, HAS_ROPE
+        )
+        ds_tile.index(a).permute((1, 0)).store(ds)
+        p_tile.index(a).permute((1, 0)).store(p)
+        fence_async_shared()
+        gl.thread_barrier()
+        dq, dq_rope, rows = _start_block(
+            dq, dq_rope, ds_tile.index(a), p_tile.index(a), x.index(a), k.index(a),
+            k_rope.index(a), PIECE, HAS_ROPE,
+        )  # fmt: skip
+        gl.thread_barrier()  # all warps have multiplied with the keys
+        _copy_keys(kv_ptr, stride_kv, index, k.index(a), k_rope.index(a), 8, HAS_ROPE)
+        index = _load_indices(entries, start + 2 * _KEYS, length, num_keys, COPIED)
+        _finish_block(
+            rows, ds_tile.index(a), p_tile.index(a), x.index(a), q_rope.index(a), dkv, entries,
+            start, length, num_keys, zero, D, DETERMINISTIC, PIECE, AHEAD,
+        )  # fmt: skip
+    async_copy.wait_group(0)
+    dq_rows = dq_ptr + i * num_heads * D
+    _store_queries(dq_rows, dq, first_head, num_heads, 0, D)
+    if HAS_ROPE:
+        _store_queries(dq_rows, dq_rope, first_head, num_heads, _VALUES, D)
