@@ -30,3 +30,12 @@ _MIN_HEADS = 32
 def hopper_wins(h: int) -> bool:
     """Whether it is the faster kernel for queries of h heads, however many there are."""
     return h >= _MIN_HEADS
+
+
+# The backward for Hopper has not been measured: who wants it asks for it by backend="hopper".
+_MIN_BACKWARD_HEADS: int | None = None
+
+
+def hopper_backward_wins(h: int) -> bool:
+    """The same of the backward."""
+    return _MIN_BACKWARD_HEADS is not None and h >= _MIN_BACKWARD_HEADS
