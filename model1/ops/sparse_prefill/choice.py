@@ -37,5 +37,5 @@ _MIN_BACKWARD_HEADS: int | None = None
 
 
 def hopper_backward_wins(h: int) -> bool:
-    """The same of the backward."""
+    """Whether its backward is the faster one for queries of h heads."""
     return _MIN_BACKWARD_HEADS is not None and h >= _MIN_BACKWARD_HEADS

@@ -38,9 +38,10 @@ def copy_layout(warps):
 
 @gluon.constexpr_function
 def _row_layout(n):
-    """64 keys x 2n channels as `product_layout` gives them to warps; eight lanes have 128 bytes.
+    """64 keys x 2n channels as `product_layout` gives them to warps; four lanes have 64 bytes.
 
-    Only lanes of one warp exchange what they have, and four rows are added at once.
+    Two neighbouring lanes exchange halves. Lines of 128 bytes would take a way through shared
+    memory, which rows of 576 channels have filled.
     """
     in_lane = [[0, 1], [0, 2]] + [[0, 1 << i] for i in range(4, n.bit_length() - 1)]
     return gl.DistributedLinearLayout(
@@ -64,7 +65,7 @@ def copy_heads(
     x, q_rope, q_row, dout_row, stride_qh, stride_dh, first_head, num_heads,
     WARPS: gl.constexpr, HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
-    """Start copying X, and q's rotary channels."""
+    """Start copying X, and q's rotary channels; the group is committed."""
     ROW: gl.constexpr = gl.SliceLayout(1, copy_layout(WARPS))
     for i in gl.static_range(2):
         head = first_head + i * GROUP + gl.arange(0, GROUP, layout=ROW)
@@ -78,6 +79,7 @@ def copy_heads(
         head = first_head + gl.arange(0, HEADS, layout=ROW)
         exists = head < num_heads
         _copy(q_row + head.to(gl.int64) * 8 * stride_qh, exists, q_rope, VALUES, ROPE, WARPS)
+    async_copy.commit_group()
 
 
 @gluon.jit
