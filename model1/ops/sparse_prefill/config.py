@@ -69,12 +69,14 @@ class HopperBackwardConfig:
 
     is_divided: four warps fetch keys and weigh them for the eight others, which have so many
     registers; else eight do all. piece: channels of rows of dkv that are computed at a time. ahead:
-    the next piece is computed while one is added.
+    the next piece is computed while one is added. wide: lanes exchange what they have twice, to add
+    lines of 128 bytes instead of halves.
     """
 
     is_divided: bool
     piece: int = 128
     ahead: bool
+    wide: bool = True
     registers: int = 200
 
 

@@ -109,6 +109,7 @@ def _add_blocks(
     dq_rows, dkv, entries, length, num_keys, first_head, num_heads, zero, x, q_rope, k, k_rope,
     ds_tile, p_tile, w_ready, w_free, k_free,
     D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """The eight warps that compute dq and the gradients of the keys' rows."""
     HAS_ROPE: gl.constexpr = D > VALUES
@@ -126,7 +127,7 @@ def _add_blocks(
         mbarrier.arrive(k_free.index(0), count=1)
         finish_block(
             rows, ds_tile.index(a), p_tile.index(a), x.index(a), q_rope.index(a), dkv, entries,
-            start, length, num_keys, w_free.index(0), D, DETERMINISTIC, PIECE, AHEAD,
+            start, length, num_keys, w_free.index(0), D, DETERMINISTIC, PIECE, AHEAD, WIDE,
         )  # fmt: skip
     store_queries(dq_rows, dq, first_head, num_heads, 0, D)
     if HAS_ROPE:
@@ -140,13 +141,14 @@ def _sparse_attn_bwd_hopper_kernel(
     stride_dt, stride_dh, stride_qt, stride_qh, stride_kv, stride_topk,
     first_row, num_heads, num_keys, topk, softmax_scale, zero,
     D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    WIDE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq of the queries from first_row on, and dkv or, if DETERMINISTIC, the pairs in its place.
 
     Strides of dout, q and kv count 8 numbers. zero: 0 at run time, since known indices would have
     every matrix descriptor computed ahead and spilled. PIECE channels of rows of dkv are computed
-    at a time; AHEAD: the next piece while this one is added. REGISTERS: of the warps that add.
+    at a time; AHEAD: the next piece while this one is added; WIDE: by lines of 128 bytes,
+    not by halves. REGISTERS: of the warps that add.
     """
     HAS_ROPE: gl.constexpr = D > VALUES
     TILE: gl.constexpr = tile_layout(2)
@@ -189,7 +191,7 @@ def _sparse_attn_bwd_hopper_kernel(
         (_add_blocks, (
             dq_ptr + i * num_heads * D, dkv, entries, length, num_keys, first_head, num_heads, zero,
             x, q_rope, k, k_rope, ds_tile, p_tile, w_ready, w_free, k_free,
-            D, DETERMINISTIC, PIECE, AHEAD,
+            D, DETERMINISTIC, PIECE, AHEAD, WIDE,
         )),
     ], [8], [REGISTERS])  # fmt: skip
 
@@ -201,6 +203,7 @@ def _sparse_attn_bwd_even_kernel(
     stride_dt, stride_dh, stride_qt, stride_qh, stride_kv, stride_topk,
     first_row, num_heads, num_keys, topk, softmax_scale, zero,
     D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """`_sparse_attn_bwd_hopper_kernel` by eight warps that are all alike."""
     HAS_ROPE: gl.constexpr = D > VALUES
@@ -268,7 +271,7 @@ def _sparse_attn_bwd_even_kernel(
         index = load_indices(entries, start + 2 * KEYS, length, num_keys, COPIED)
         finish_block(
             rows, ds_tile.index(a), p_tile.index(a), x.index(a), q_rope.index(a), dkv, entries,
-            start, length, num_keys, zero, D, DETERMINISTIC, PIECE, AHEAD,
+            start, length, num_keys, zero, D, DETERMINISTIC, PIECE, AHEAD, WIDE,
         )  # fmt: skip
     async_copy.wait_group(0)
     dq_rows = dq_ptr + i * num_heads * D

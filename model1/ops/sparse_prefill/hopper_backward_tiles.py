@@ -37,16 +37,18 @@ def copy_layout(warps):
 
 
 @gluon.constexpr_function
-def _row_layout(n):
-    """64 keys x 2n channels as `product_layout` gives them to warps; four lanes have 64 bytes.
+def _row_layout(n, wide):
+    """64 keys x 2n channels as `product_layout` gives them to warps, four channels a lane together.
 
-    Two neighbouring lanes exchange halves. Lines of 128 bytes would take a way through shared
-    memory, which rows of 576 channels have filled.
+    Sixteen of a row are in neighbouring lanes, or 32 if `wide`, which are a line of the L2 cache.
     """
     in_lane = [[0, 1], [0, 2]] + [[0, 1 << i] for i in range(4, n.bit_length() - 1)]
+    lanes = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]]
+    if wide:
+        in_lane[2], lanes[4] = lanes[4], in_lane[2]
     return gl.DistributedLinearLayout(
         reg_bases=[*in_lane, [8, 0]],
-        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
+        lane_bases=lanes,
         warp_bases=[[16, 0], [32, 0], [0, n]],
         block_bases=[],
         shape=[64, 2 * n],
@@ -162,13 +164,19 @@ def _issue_rope_rows(ds, q_rope):
 @gluon.jit
 def _add_rows(
     rows, dkv, index, place, FIRST: gl.constexpr, NUM: gl.constexpr, D: gl.constexpr,
-    DETERMINISTIC: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Add NUM channels from FIRST on to the rows `index` or, if DETERMINISTIC, write the pairs."""
-    LAYOUT: gl.constexpr = _row_layout(NUM // 2)
+    LAYOUT: gl.constexpr = _row_layout(NUM // 2, WIDE)
     index = gl.convert_layout(index, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
     channel = gl.arange(0, NUM, layout=gl.SliceLayout(0, LAYOUT))[None, :] + FIRST
-    values = gl.convert_layout(rows, LAYOUT)
+    # lanes exchange halves once or twice; in one step the compiler would go through shared memory
+    values = gl.convert_layout(rows, _row_layout(NUM // 2, False))
+    if WIDE:
+        values = gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [values], dtype=gl.float32, is_pure=True, pack=1
+        )
+        values = gl.convert_layout(values, LAYOUT)
     mask = (index >= 0)[:, None] & (channel >= 0)
     if DETERMINISTIC:
         place += gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))
@@ -198,6 +206,7 @@ def start_block(dq, dq_rope, ds, p, x, k, k_rope, PIECE: gl.constexpr, HAS_ROPE:
 def finish_block(
     rows, ds, p, x, q_rope, dkv, entries, start, length, num_keys, w_free,
     D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
+    WIDE: gl.constexpr,
 ):  # fmt: skip
     """Compute and add the gradient of a block's rows, of which piece 0 has been issued.
 
@@ -206,7 +215,7 @@ def finish_block(
     HAS_ROPE: gl.constexpr = D > VALUES
     HAS_BARRIER: gl.constexpr = isinstance(w_free, gl.shared_memory_descriptor)
     NUM_PIECES: gl.constexpr = VALUES // PIECE
-    ROW: gl.constexpr = gl.SliceLayout(1, _row_layout(PIECE // 2))
+    ROW: gl.constexpr = gl.SliceLayout(1, _row_layout(PIECE // 2, WIDE))
     index = load_indices(entries, start, length, num_keys, ROW)
     for c in gl.static_range(NUM_PIECES):
         done = warpgroup_mma_wait(0, deps=[rows])
@@ -214,7 +223,7 @@ def finish_block(
             rows = _issue_rows(ds, p, x, c + 1, PIECE)
         if HAS_BARRIER and c + 1 == NUM_PIECES and not HAS_ROPE:
             mbarrier.arrive(w_free, count=1)
-        _add_rows(done, dkv, index, start, c * PIECE, PIECE, D, DETERMINISTIC)
+        _add_rows(done, dkv, index, start, c * PIECE, PIECE, D, DETERMINISTIC, WIDE)
         if not AHEAD and c + 1 < NUM_PIECES:
             rows = _issue_rows(ds, p, x, c + 1, PIECE)
     if HAS_ROPE:
@@ -222,7 +231,7 @@ def finish_block(
         rope_rows = warpgroup_mma_wait(0, deps=[rope_rows])
         if HAS_BARRIER:
             mbarrier.arrive(w_free, count=1)
-        _add_rows(rope_rows, dkv, index, start, VALUES, ROPE, D, DETERMINISTIC)
+        _add_rows(rope_rows, dkv, index, start, VALUES, ROPE, D, DETERMINISTIC, WIDE)
 
 
 @gluon.jit
