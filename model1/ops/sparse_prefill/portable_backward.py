@@ -182,7 +182,7 @@ def rows_at_once(num_tiles: int, topk: int, d: int) -> int:
     """Queries whose pairs fit into the buffer; the kernel counts those of one query in 32 bits."""
     if (numbers := num_tiles * topk * d) >= 1 << 31:
         raise BackendUnavailable(
-            f"sparse_prefill/triton takes a list whose deterministic gradients are fewer than "
+            f"sparse_prefill takes a list whose deterministic gradients are fewer than "
             f"2^31 numbers, got {numbers} ({num_tiles} tiles of heads x topk {topk} x d {d})"
         )
     return rows_per_buffer(num_tiles * topk, d)
