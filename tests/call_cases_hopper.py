@@ -30,6 +30,22 @@ def _sparse_prefill(seed: int) -> Call:
     )  # fmt: skip
 
 
+def _sparse_prefill_backward(seed: int) -> Call:
+    set_seed(seed)
+    shape = sparse_prefill_cases.Shape(t=9, h=65, s=300, topk=100, d=576, value_dim=512)
+    arguments = sparse_prefill_cases.make_arguments(shape, dtype=torch.bfloat16)
+    out, _, lse = sparse_prefill(**arguments, backend="hopper")
+    names = ("q", "kv", "topk_indices", "topk_length", "attn_sink")
+    tensors = {"dout": torch.randn(out.shape).to(out)} | {x: arguments[x] for x in names}
+    scale = arguments["softmax_scale"]
+
+    def run(**tensors: torch.Tensor) -> Any:
+        operator = torch.ops.model1.sparse_prefill_backward
+        return operator(*tensors.values(), scale, True, "hopper")
+
+    return Call(run=run, tensors=tensors | {"out": out, "lse": lse})
+
+
 def _sparse_decode(layout: KVLayout) -> Callable[[int], Call]:
     def build(seed: int) -> Call:
         set_seed(seed)
@@ -59,6 +75,7 @@ def _paged_decode(**options: Any) -> Callable[[int], Call]:
 
 HOPPER_CALLS: dict[str, Callable[[int], Call]] = {
     "sparse_prefill hopper": _sparse_prefill,
+    "sparse_prefill_backward hopper": _sparse_prefill_backward,
     "sparse_decode hopper": _sparse_decode(MODEL1),
     "sparse_decode hopper bf16": _sparse_decode(BF16),
     "paged_decode hopper": _paged_decode(d=576),

@@ -50,6 +50,7 @@ MODULES = (
     "model1.ops.sparse_decode.hopper",
     "model1.ops.sparse_decode.portable",
     "model1.ops.sparse_prefill.hopper",
+    "model1.ops.sparse_prefill.hopper_backward",
     "model1.ops.sparse_prefill.portable",
     "model1.ops.sparse_prefill.portable_backward",
 )

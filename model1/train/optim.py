@@ -232,11 +232,12 @@ class Optimizer:
     def step(self, factor: float) -> None:
         """One update of every group at its learning rate times `factor`; clears gradients."""
         settings = self.settings
+        # first, because it waits for the device, which the rest then keeps busy meanwhile
+        self.table.step(settings.table_lr * factor)
         self.muon.step(settings.muon_lr * factor)
         self.embed.step(settings.embed_lr * factor)
         self.scalar.step(settings.scalar_lr * factor)
         self.mixing.step(settings.scalar_lr * MIXING_LR_SHARE * factor)
-        self.table.step(settings.table_lr * factor)
         for p in self.parameters:
             p.grad = None
 

@@ -86,7 +86,7 @@ def test_names_tell_the_cases_of_a_module_apart(module: str) -> None:
     for target in TARGETS:
         names = [case.name for case in shipped_cases(module, target)]
         assert len(set(names)) == len(names)
-        assert names or (module.endswith(".hopper") and target != "sm_90")
+        assert names or (".hopper" in module and target != "sm_90")
         assert not any("|" in name for name in names)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -22,7 +21,6 @@ from model1.testing.compare import assert_close_rows
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
-from model1.ops.mhc import portable_single_pass as kernels
 
 pytestmark = MARKS
 NAMES = ("x", "y", "post", "comb", "pre", "weight")

@@ -27,7 +27,6 @@ from model1.ops.compile_cases import CompileCase, KernelTarget
 from model1.ops.launch import launch_options
 from model1.ops.mhc.portable import (
     SHIPPED,
-    block_width,
     compile_case,
     with_adjacent_channels,
 )
@@ -56,20 +55,20 @@ PIECE = 256  # channels of one load of a warp
 @triton.jit
 def _seam_bwd_kernel(
     d_u_ptr, passed_ptr, out_ptr, through_ptr, x_ptr, stride_x_t, stride_x_n, y_ptr, weight_ptr,
-    pre_ptr, post_ptr, comb_ptr, stats_ptr, d_product_ptr,
+    pre_ptr, post_ptr, comb_ptr, stats_ptr, spread_ptr,
     d_x_ptr, d_y_ptr, d_post_ptr, d_comb_ptr,
-    N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
-    HAS_THROUGH: tl.constexpr, WRITES_BACK: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr, RUN: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_THROUGH: tl.constexpr, WRITES_BACK: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    # stats [t, 2] of the collapse; through [t, N, C]: what comes through the products of phi
+    # stats [t, 2] of the collapse; through [t, N, C]: what comes through the products of phi;
+    # spread [t]: what the streams are multiplied by for their root mean square
     DTYPE: tl.constexpr = d_x_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     rstd = tl.load(stats_ptr + 2 * token)
     drop = tl.load(stats_ptr + 2 * token + 1) * rstd * rstd
     pre = numbers(pre_ptr + token * N, 0, 1, N)
     if HAS_THROUGH:
-        spread = tl.load(d_product_ptr + token * BLOCK_W + WIDTH)
+        spread = tl.load(spread_ptr + token)
     sums = ()  # d_post, then d_comb row by row
     if WRITES_BACK:
         post = numbers(post_ptr + token * N, 0, 1, N)
@@ -129,7 +128,7 @@ class SeamGradients(NamedTuple):
     passed: Tensor  # [t, n, c], from later
     stats: Tensor  # [t, 2] of `collapse_gradient`
     through: Tensor | None = None  # [t, n * c], through phi's products
-    product: Tensor | None = None  # `full` of `product_gradient`, with it
+    spread: Tensor | None = None  # [t], of their root mean square, with it
 
 
 def mhc_enter_backward_triton(
@@ -182,7 +181,7 @@ def _through_coefficients(
     d_phi = phi_gradient(out, phi, product.full)
     # rounded on the way twice, as the result's own
     through = product.short @ phi.to(out.dtype)
-    whole = SeamGradients(d_u, passed, stats, through, product.full)
+    whole = SeamGradients(d_u, passed, stats, through, product.full[:, -1])
     return whole, d_phi, product.d_scale, product.d_bias, d_weight
 
 
@@ -234,7 +233,7 @@ def _launch(
         kernel[(t,)](
             grads.d_u, grads.passed, out, grads.through if has_through else out,
             x, x.stride(0), x.stride(1), y, weight.contiguous(), pre.contiguous(), post, comb,
-            grads.stats, grads.product if has_through else grads.stats, *results,
+            grads.stats, grads.spread if has_through else grads.stats, *results,
             INTERPRETED=knobs.runtime.interpret, HAS_THROUGH=has_through, WRITES_BACK=writes_back,
             **seam_constants(n, c, x.element_size()), **launch_options(1, 1),
         )  # fmt: skip
@@ -242,12 +241,8 @@ def _launch(
 
 def seam_constants(n: int, c: int, element_bytes: int) -> dict[str, Any]:
     """Sizes of the seam's gradient."""
-    width = n * n + 2 * n
-    return {
-        "N": n, "C": c, "WIDTH": width, "BLOCK_W": block_width(width),
-        "BLOCK_C": max(32, min(PIECE, triton.next_power_of_2(c))),
-        "RUN": LOAD_BYTES // element_bytes,
-    }  # fmt: skip
+    block_c = max(32, min(PIECE, triton.next_power_of_2(c)))
+    return {"N": n, "C": c, "BLOCK_C": block_c, "RUN": LOAD_BYTES // element_bytes}
 
 
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:

@@ -57,7 +57,7 @@ def paged_decode_hopper(
     causal: bool,
     empty_lse: float,
     deterministic: bool,
-    product_rows: ProductRows = "heads",
+    product_rows: ProductRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.paged_decode.paged_decode`; for calls that `choice` does not refuse.
 
@@ -91,7 +91,7 @@ def _launch(
     q: Tensor, cache: tuple[Tensor, int, int, int, int, int], block_table: Tensor, lists: Lists,
     sinks: Tensor | None, out: Tensor, lse: Tensor, scale_log2: float, empty_lse: float,
     deterministic: bool, *, last_query: int, heads_of_query: int, is_causal: bool, is_bf16: bool,
-    product_rows: ProductRows,
+    product_rows: ProductRows | None,
 ) -> None:  # fmt: skip
     b, _, heads, d = q.shape
     sizes = body_sizes(is_bf16, product_rows, heads)

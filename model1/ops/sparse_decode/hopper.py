@@ -77,7 +77,7 @@ def sparse_decode_hopper(
     softmax_scale: float,
     empty_lse: float,
     deterministic: bool,
-    product_rows: ProductRows = "heads",
+    product_rows: ProductRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.sparse_decode.sparse_decode`; for calls that `choice` does not refuse, with
     caches that start at multiples of 16 bytes.
@@ -107,7 +107,7 @@ def sparse_decode_hopper(
 def _launch(
     q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
     scale_log2: float, empty_lse: float, deterministic: bool, *, has_rope: bool,
-    is_bf16: bool, product_rows: ProductRows,
+    is_bf16: bool, product_rows: ProductRows | None,
 ) -> None:  # fmt: skip
     b, s_q, h, _ = q.shape
     sizes = body_sizes(is_bf16, product_rows, h)

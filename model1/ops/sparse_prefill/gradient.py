@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from model1.ops.backend import Operator
+from model1.ops.sparse_prefill.choice import hopper_backward_wins, hopper_call_refusal
 
 SPARSE_PREFILL_BACKWARD = Operator(
     name="sparse_prefill_backward",
     implementations={
         "ref": "model1.ops.sparse_prefill.ref:sparse_prefill_backward_ref",
         "triton": "model1.ops.sparse_prefill.portable_backward:sparse_prefill_backward_triton",
-        # the gradient of the Hopper kernel is the portable one
-        "hopper": "model1.ops.sparse_prefill.portable_backward:sparse_prefill_backward_triton",
+        "hopper": "model1.ops.sparse_prefill.hopper_backward:sparse_prefill_backward_hopper",
     },
 )
 
@@ -60,9 +60,14 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of `sparse_prefill`, in their order."""
     softmax_scale, deterministic, asked = ctx.options
-    dq, dkv, dsink = torch.ops.model1.sparse_prefill_backward(
-        dout, *ctx.saved_tensors, softmax_scale, deterministic,
-        SPARSE_PREFILL_BACKWARD.resolve(asked, dout.device),
+    q, out = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    name = SPARSE_PREFILL_BACKWARD.resolve_call(
+        asked, dout.device,
+        hopper_call_refusal(q.dtype, q.shape[2], out.shape[2], softmax_scale),
+        hopper_backward_wins(q.shape[1]),
     )  # fmt: skip
+    dq, dkv, dsink = torch.ops.model1.sparse_prefill_backward(
+        dout, *ctx.saved_tensors, softmax_scale, deterministic, name
+    )
     has_sink = ctx.saved_tensors[4] is not None
     return dq, dkv, None, None, dsink if has_sink else None, *[None] * 6

@@ -38,7 +38,7 @@ def sparse_prefill_hopper(
     softmax_scale: float,
     empty_lse: float,
     deterministic: bool,
-    product_rows: ProductRows = "heads",
+    product_rows: ProductRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `model1.ops.sparse_prefill.sparse_prefill`; for calls that `choice` does not refuse.
 

@@ -163,7 +163,7 @@ def _sparse_attn_bwd_kernel(
     store_pieces(dq_ptr + row[:, None] * D, is_head, dq, D, D, PIECE)
 
 
-def _row_sums(
+def row_sums(
     dout: Tensor, out: Tensor, lse: Tensor, attn_sink: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log2 of the denominator and sum(out dout), both [t, h], and dsink [h] ([0] without)."""
@@ -178,11 +178,11 @@ def _row_sums(
     return log2_total, delta, dsink_rows.sum(0)
 
 
-def _rows_at_once(num_tiles: int, topk: int, d: int) -> int:
+def rows_at_once(num_tiles: int, topk: int, d: int) -> int:
     """Queries whose pairs fit into the buffer; the kernel counts those of one query in 32 bits."""
     if (numbers := num_tiles * topk * d) >= 1 << 31:
         raise BackendUnavailable(
-            f"sparse_prefill/triton takes a list whose deterministic gradients are fewer than "
+            f"sparse_prefill takes a list whose deterministic gradients are fewer than "
             f"2^31 numbers, got {numbers} ({num_tiles} tiles of heads x topk {topk} x d {d})"
         )
     return rows_per_buffer(num_tiles * topk, d)
@@ -213,12 +213,12 @@ def sparse_prefill_backward_triton(
     num_tiles = -(-h // config.block_h)
     rows, sums = t, dkv
     if deterministic:
-        rows = min(t, _rows_at_once(num_tiles, topk, d))
+        rows = min(t, rows_at_once(num_tiles, topk, d))
         sums = torch.empty(rows * num_tiles * topk, d, dtype=torch.float32, device=q.device)
     fixed = _sizes(dout, q, kv, topk_indices) | launch_options(config.num_warps, config.num_stages)
     fixed |= _constants(config, d, out.shape[2], deterministic)
     with torch.cuda.device_of(q):
-        log2_total, delta, dsink = _row_sums(dout, out, lse, attn_sink)
+        log2_total, delta, dsink = row_sums(dout, out, lse, attn_sink)
         for first in range(0, t, max(rows, 1)):
             last = min(first + rows, t)
             _sparse_attn_bwd_kernel[((last - first) * num_tiles,)](
