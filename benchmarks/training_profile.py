@@ -32,7 +32,8 @@ GROUPS = (
 OTHER = "other"
 FORWARD, BACKWARD, UPDATE, UNLINKED = "forward", "backward", "update", "unlinked"
 PHASES = (FORWARD, BACKWARD, UPDATE, UNLINKED)
-SHOWN = 30  # kernels of the list
+SHOWN = 45  # kernels of the list
+SHOWN_GAPS = 8
 _STEPS = 2
 
 
@@ -119,18 +120,27 @@ def format_profile(kernels: list[Kernel], num_steps: int) -> str:
     return "\n".join(lines)
 
 
-def idle_ms(events: Iterable[Any]) -> float:
-    """Milliseconds between the first kernel's start and the last's end in which none ran."""
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
+def idle_times(events: Iterable[Any]) -> list[tuple[float, str, str]]:
+    """Milliseconds in which no kernel ran, and the kernels around; the longest first."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
         for event in events
         if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
     )
-    idle, end = 0.0, spans[0][0] if spans else 0.0
-    for start, stop in spans:
-        idle += max(0.0, start - end)
-        end = max(end, stop)
-    return 1e-3 * idle
+    gaps, last = [], kernels[0]
+    for kernel in kernels:
+        if kernel[0] > last[1]:
+            gaps.append((1e-3 * (kernel[0] - last[1]), last[2], kernel[2]))
+        last = max(last, kernel, key=lambda one: one[1])
+    return sorted(gaps, reverse=True)
+
+
+def format_idle(gaps: list[tuple[float, str, str]], num_steps: int) -> str:
+    """How long a step had no kernel, and where that was longest."""
+    total = sum(ms for ms, _, _ in gaps) / num_steps
+    lines = [f"idle {total:.2f} ms of a step, of which at once:"]
+    lines += [f"{ms:9.3f} ms  {a:.50}  ->  {b:.50}" for ms, a, b in gaps[:SHOWN_GAPS]]
+    return "\n".join(lines)
 
 
 def profile_step(step: TrainStep, batch: Batch) -> str:
@@ -147,4 +157,4 @@ def profile_step(step: TrainStep, batch: Batch) -> str:
             torch.cuda.synchronize()
     events = list(found.events() or [])
     table = format_profile(kernels_of(events, is_cuda=is_cuda), _STEPS)
-    return f"{table}\nidle {idle_ms(events) / _STEPS:.2f} ms of a step" if is_cuda else table
+    return f"{table}\n{format_idle(idle_times(events), _STEPS)}" if is_cuda else table

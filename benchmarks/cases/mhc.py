@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.cases.case import Case, Work, own_work
 from benchmarks.kernel_inputs import normal
 from model1.ops.mhc import MhcCoefficients, mhc_coefficients, mhc_collapse, mhc_write_back
-from model1.ops.mhc.chain import mhc_collapse_norm, mhc_write_back_coefficients
+from model1.ops.mhc.chain import mhc_collapse_norm, mhc_seam
 from model1.ops.mhc.single_pass import mhc_write_back_collapse_norm
 
 OPERATOR = "mhc"
@@ -69,27 +69,38 @@ class Sublayer:
         norm_eps = OPTIONS["norm_eps"]
         return mhc_collapse_norm(self.x, self.weights.pre, self.norm_weight, norm_eps=norm_eps)
 
-    def write_back_coefficients(self, x: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The streams after the sublayer, and the next one's mixing weights."""
-        out, weights = mhc_write_back_coefficients(
-            self.x if x is None else x, self.y, self.weights.post, self.weights.comb,
-            self.phi, self.scale, self.bias, **OPTIONS,
+    def collapse_norm_backward(self) -> tuple[Tensor, ...]:
+        """The same, then the gradient of everything that it reads; x is passed on."""
+        return self._gradients(self.collapse_norm, (self.x, self.weights.pre, self.norm_weight))
+
+    def write_back_backward(self) -> tuple[Tensor, ...]:
+        """The streams after the sublayer, then the gradient of everything that it reads."""
+        weights = self.weights
+        return self._gradients(self.write_back, (self.x, self.y, weights.post, weights.comb))
+
+    def seam(self) -> tuple[Tensor, ...]:
+        """All that a sublayer in a row costs: from its result to what the next one starts from."""
+        return mhc_seam(
+            self.x, self.y, self.weights.post, self.weights.comb, self.phi, self.scale, self.bias,
+            self.norm_weight, **OPTIONS,
         )  # fmt: skip
-        return out, *weights
 
-    def step(self) -> tuple[Tensor, ...]:
-        """Both fused operators: all that a sublayer in a row of them costs."""
-        collapsed, x = self.collapse_norm()
-        return collapsed, *self.write_back_coefficients(x)
+    def seam_backward(self) -> tuple[Tensor, ...]:
+        """The seam, then the gradient of everything that it reads."""
+        weights = self.weights
+        mixing = (weights.post, weights.comb, self.phi, self.scale, self.bias, self.norm_weight)
+        return self._gradients(self.seam, (self.x, self.y, *mixing))
 
-    def step_backward(self) -> tuple[Tensor, ...]:
-        """The step, then the gradient of everything that it reads."""
-        inputs = (self.x, self.y, self.norm_weight, *self.weights, self.phi, self.scale, self.bias)
+    def _gradients(
+        self, run: Callable[[], tuple[Tensor, ...]], inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Of inputs, from gradients of the results that are like these."""
         for tensor in inputs:
             tensor.requires_grad_()
         with torch.enable_grad():
-            results = self.step()
-        grads = self.y.detach(), self.x.detach(), *(w.detach() for w in self.weights)
+            results = run()
+        likes = (self.x, self.y, self.weights.post, self.weights.comb)
+        grads = [next(o for o in likes if o.shape == r.shape).detach() for r in results]
         return torch.autograd.grad(results, inputs, grads)
 
     def single_pass(self) -> tuple[Tensor, ...]:
@@ -103,11 +114,7 @@ class Sublayer:
     def single_pass_backward(self) -> tuple[Tensor, ...]:
         """The same, then the gradient of everything that it reads."""
         inputs = (self.x, self.y, self.norm_weight, *self.weights)
-        for tensor in inputs:
-            tensor.requires_grad_()
-        with torch.enable_grad():
-            results = self.single_pass()
-        return torch.autograd.grad(results, inputs, (self.y.detach(), self.x.detach()))
+        return self._gradients(self.single_pass, inputs)
 
     def single_pass_step(self) -> tuple[Tensor, ...]:
         """All that a sublayer in a row costs in that form: its coefficients as well."""
@@ -120,11 +127,7 @@ class Sublayer:
     def single_pass_step_backward(self) -> tuple[Tensor, ...]:
         """The step, then the gradient of everything that it reads."""
         inputs = (self.x, self.y, self.norm_weight, self.phi, self.scale, self.bias)
-        for tensor in inputs:
-            tensor.requires_grad_()
-        with torch.enable_grad():
-            results = self.single_pass_step()
-        return torch.autograd.grad(results, inputs, (self.y.detach(), self.x.detach()))
+        return self._gradients(self.single_pass_step, inputs)
 
 
 # Streams' worth of channels [t, c] that a step reads and writes: x and the result of each part.
@@ -135,12 +138,13 @@ STEPS: dict[str, tuple[Step, int]] = {
     "forward": (Sublayer.forward, 2 * NUM_STREAMS + 2),
     # as forward, then x, y and both gradients in, the gradients of x and y out
     "forward+backward": (Sublayer.backward, 5 * NUM_STREAMS + 5),
+    "write-back+backward": (Sublayer.write_back_backward, 5 * NUM_STREAMS + 3),
     "collapse+norm": (Sublayer.collapse_norm, NUM_STREAMS + 1),
-    "write-back+coefficients": (Sublayer.write_back_coefficients, 2 * NUM_STREAMS + 1),
-    "fused step": (Sublayer.step, 3 * NUM_STREAMS + 2),
-    # as the step; then x, y and the new streams' gradient in, those of x and y out; and x, the
-    # input's gradient and that of x from the write-back in, that of x out
-    "fused step+backward": (Sublayer.step_backward, 9 * NUM_STREAMS + 5),
+    # then x and both gradients in, that of x out
+    "collapse+norm+backward": (Sublayer.collapse_norm_backward, 4 * NUM_STREAMS + 2),
+    "seam": (Sublayer.seam, 2 * NUM_STREAMS + 2),
+    # then x, y, the new streams and both gradients in, those of x and y out
+    "seam+backward": (Sublayer.seam_backward, 6 * NUM_STREAMS + 5),
     "single pass": (Sublayer.single_pass, 2 * NUM_STREAMS + 2),
     # then x, y and both gradients in, those of x and y out
     "single pass+backward": (Sublayer.single_pass_backward, 5 * NUM_STREAMS + 5),

@@ -188,7 +188,8 @@ def _row_gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
     A sparse gradient has every row that a step read, as often as it did.
     """
     if grad.layout == torch.sparse_coo:
-        return sum_equal_rows(grad._indices()[0], grad._values())
+        # a host that waited for the number of rows would leave the device idle after it
+        return sum_equal_rows(grad._indices()[0], grad._values(), is_padded=grad.is_cuda)
     rows = (grad != 0).any(dim=1).nonzero().flatten()
     return rows, grad.index_select(0, rows)
 
@@ -232,12 +233,11 @@ class Optimizer:
     def step(self, factor: float) -> None:
         """One update of every group at its learning rate times `factor`; clears gradients."""
         settings = self.settings
-        # first, because it waits for the device, which the rest then keeps busy meanwhile
-        self.table.step(settings.table_lr * factor)
         self.muon.step(settings.muon_lr * factor)
         self.embed.step(settings.embed_lr * factor)
         self.scalar.step(settings.scalar_lr * factor)
         self.mixing.step(settings.scalar_lr * MIXING_LR_SHARE * factor)
+        self.table.step(settings.table_lr * factor)
         for p in self.parameters:
             p.grad = None
 

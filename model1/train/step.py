@@ -20,7 +20,7 @@ from model1.train.optim import Optimizer
 class TrainStep:
     """A model, already on its device, with its optimiser and its compiled parts.
 
-    The gradients wait for no device; the update does where a table of rows is trained.
+    Neither half waits for the device, except for tables whose gradient is not sparse.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
@@ -35,12 +35,13 @@ class TrainStep:
         data, settings = self.config.data, self.config.loss
         self.model.train()
         counts = count_targets(whole)
+        whole = whole.to(self.device)
         num_rows = len(whole.input_ids)
         share = data.micro_batch_rows / num_rows
         totals: dict[str, Tensor] = {}
         for first in range(0, num_rows, data.micro_batch_rows):
             rows = slice(first, first + data.micro_batch_rows)
-            batch = type(whole)(*(part[rows] for part in whole)).to(self.device)
+            batch = type(whole)(*(part[rows] for part in whole))
             with autocast(self.device, self.config.precision):
                 terms = training_loss(
                     self.trainable,

@@ -25,12 +25,15 @@ ENGRAM_SUM_ROWS = _operator("engram_sum_rows")
 ENGRAM_ROW_ADAM = _operator("engram_row_adam")
 
 
-def sum_equal_rows(rows: Tensor, grads: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def sum_equal_rows(
+    rows: Tensor, grads: Tensor, *, is_padded: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each row once, ascending, [u] int64, and the sum of its gradients, [u, dim] fp32.
 
     rows: [m] int64, not negative, in any order and number. grads: [m, dim] floating point. Added up
     in fp32 (fp64 stays) in the order in which they are given: the same bits in every run of one
-    backend. m = 0 is allowed. The host waits for the device, which alone knows u.
+    backend. m = 0 is allowed. The host waits for the device, which alone knows u; is_padded: it
+    does not, and the results have m rows, behind the u of them -1 and sums of 0.
     """
     check_int64("rows", rows, 1)
     if grads.ndim != 2 or len(grads) != len(rows) or not grads.is_floating_point():
@@ -39,13 +42,30 @@ def sum_equal_rows(rows: Tensor, grads: Tensor, *, backend: str = "auto") -> tup
     is_wide = grads.dtype == torch.float64
     name = ENGRAM_SUM_ROWS.resolve("ref" if is_wide and backend == "auto" else backend, rows.device)
     ascending, order = rows.sort(stable=True)
-    unique, counts = torch.unique_consecutive(ascending, return_counts=True)
-    ends = counts.cumsum(0)
+    if is_padded:
+        unique, ends = _padded_runs(ascending)
+    else:
+        unique, counts = torch.unique_consecutive(ascending, return_counts=True)
+        ends = counts.cumsum(0)
     if name == "triton":
         check_for_kernel(rows.device, is_floating=False, grads=grads)
         if is_wide:
             raise ValueError(f"grads must be 16 or 32 bits wide for triton, got {grads.dtype}")
     return unique, torch.ops.model1.engram_sum_rows(grads, order, ends, name)
+
+
+def _padded_runs(ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of each run of equal numbers and where it ends; as many more that are -1, empty."""
+    size = len(ascending)
+    if size == 0:
+        return ascending, ascending
+    is_first = torch.ones_like(ascending, dtype=torch.bool)
+    is_first[1:] = ascending[1:] != ascending[:-1]
+    run = is_first.cumsum(0) - 1
+    values = torch.full_like(ascending, -1).scatter_(0, run, ascending)
+    position = torch.arange(1, size + 1, device=ascending.device)
+    ends = torch.full_like(ascending, size)
+    return values, ends.scatter_reduce_(0, run, position, "amax", include_self=False)
 
 
 def row_adam_step(
@@ -68,7 +88,7 @@ def row_adam_step(
     row -= lr (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
 
     table: [rows, dim] fp32 or bf16. mean, square: like it, fp32. steps: [rows, 1] fp32, how often
-    each row was trained. rows: [u] int64, none twice, all within the table (a kernel skips others).
+    each row was trained. rows: [u] int64, none twice, all within the table or -1, which is skipped.
     grads: [u, dim] fp32; a row whose gradient is exactly zero keeps every bit. All contiguous but
     grads. Computed in fp32. Source: arXiv 1412.6980, row by row as in arXiv 2601.07372's tables.
     """

@@ -26,6 +26,7 @@ from model1.ops.mhc.portable import (
     SHIPPED,
     SHIPPED_WIDTH,
     Config,
+    block_width,
     compile_case,
     project_constants,
     with_adjacent_channels,
@@ -65,13 +66,13 @@ def _group_bwd(
 @triton.jit(do_not_specialize=["t", "iters"])
 def _coefficients_bwd_kernel(
     d_pre_ptr, d_post_ptr, d_comb_ptr, saved_ptr, scale_ptr, bias_ptr,
-    totals_ptr, d_product_ptr, short_ptr, sums_ptr, t, iters, eps,
+    totals_ptr, d_product_ptr, short_ptr, spread_ptr, sums_ptr, t, iters, eps,
     N: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     # totals [2 iters - 1, N, tokens]: what each normalisation divides by, which leads back from its
-    # result to what it took. d_product [WIDTH + 1, t]: of phi x, then what x itself is multiplied
-    # by; short [WIDTH, t]: the first rounded. sums [programs, 2, WIDTH]: for scale, for bias.
+    # result to what it took. d_product [t, BLOCK_W]: of phi x; short [WIDTH, t]: that rounded;
+    # spread [t]: what x itself is multiplied by. sums [programs, 2, WIDTH]: for scale, for bias.
     WIDTH: tl.constexpr = N * N + 2 * N
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     is_token = token < t
@@ -104,7 +105,7 @@ def _coefficients_bwd_kernel(
     sums = sums_ptr + tl.program_id(0) * (2 * WIDTH)
     grad, along = _group_bwd(grad, z[2 * N :], scale_ptr, sums, 2 * N, N * N, WIDTH)
     store_product(
-        grad, rstd, token, is_token, d_product_ptr, short_ptr, t, 2 * N, N * N, INTERPRETED
+        grad, rstd, token, is_token, d_product_ptr, short_ptr, t, 2 * N, N * N, BLOCK_W, INTERPRETED
     )  # fmt: skip
     for is_post in tl.static_range(2):
         d_ptr = d_post_ptr if is_post else d_pre_ptr
@@ -119,30 +120,29 @@ def _coefficients_bwd_kernel(
         along += more
         store_product(
             d_logits, rstd, token, is_token, d_product_ptr, short_ptr, t,
-            is_post * N, N, INTERPRETED,
+            is_post * N, N, BLOCK_W, INTERPRETED,
         )  # fmt: skip
     spread = -along * rstd * rstd / (N * C)
-    tl.store(d_product_ptr + WIDTH * t.to(tl.int64) + token, spread, mask=is_token)
+    tl.store(spread_ptr + token, spread, mask=is_token)
 
 
 @triton.jit
 def store_product(
     grad, rstd, token, is_token, d_product_ptr, short_ptr, t,
-    FIRST: tl.constexpr, NUM: tl.constexpr, INTERPRETED: tl.constexpr,
+    FIRST: tl.constexpr, NUM: tl.constexpr, BLOCK_W: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of NUM columns of phi x, as they are and rounded."""
     for i in tl.static_range(NUM):
         value = grad[i] * rstd
-        at = (FIRST + i) * t.to(tl.int64) + token
-        tl.store(d_product_ptr + at, value, mask=is_token)
+        tl.store(d_product_ptr + token * BLOCK_W + FIRST + i, value, mask=is_token)
         short = round_to(value, short_ptr.dtype.element_ty, INTERPRETED)
-        tl.store(short_ptr + at, short, mask=is_token)
+        tl.store(short_ptr + (FIRST + i) * t.to(tl.int64) + token, short, mask=is_token)
 
 
 @triton.jit(do_not_specialize=["t", "splits", "tokens_per_split"])
 def _project_bwd_kernel(
-    x_ptr, stride_x_t, stride_x_n, phi_ptr, d_product_ptr, stride_p_t, stride_p_w,
-    passed_ptr, d_x_ptr, d_phi_ptr,
+    x_ptr, stride_x_t, stride_x_n, phi_ptr, d_product_ptr, spread_ptr, passed_ptr, d_x_ptr,
+    d_phi_ptr,
     t, splits, tokens_per_split,
     N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
     IS_PASSED: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -174,12 +174,10 @@ def _project_bwd_kernel(
         is_x = is_token[:, None] & is_channel
         rows = x_ptr + token[:, None] * stride_x_t + stream.to(tl.int64) * stride_x_n
         x = tl.load(rows + channel, mask=is_x, other=0.0)
-        product = d_product_ptr + token * stride_p_t
+        product = d_product_ptr + token * BLOCK_W
         is_product = is_token[:, None] & (column < WIDTH)[None, :]
-        of_product = product[:, None] + column.to(tl.int64)[None, :] * stride_p_w
-        grad = tl.load(of_product, mask=is_product, other=0.0)
-        spread = product + tl.cast(stride_p_w, tl.int64) * WIDTH
-        d_x = x.to(tl.float32) * tl.load(spread, mask=is_token, other=0.0)[:, None]
+        grad = tl.load(product[:, None] + column[None, :], mask=is_product, other=0.0)
+        d_x = x.to(tl.float32) * tl.load(spread_ptr + token, mask=is_token, other=0.0)[:, None]
         at_x = (token[:, None] * N + stream) * C + channel
         if IS_PASSED:
             d_x += tl.load(passed_ptr + at_x, mask=is_x, other=0.0).to(tl.float32)
@@ -208,15 +206,16 @@ def mhc_coefficients_backward_triton(
     """Gradients of x, phi, scale and bias; see `mhc_coefficients_backward_ref`."""
     grads = d_pre, d_post, d_comb
     product = product_gradient(grads, x, scale, bias, saved, iters=iters, eps=eps)
-    d_x, d_phi = stream_gradient(x, phi, product.full, config)
+    d_x, d_phi = stream_gradient(x, phi, product.full, product.spread, config)
     return d_x, d_phi, product.d_scale, product.d_bias
 
 
 class ProductGradient(NamedTuple):
     """Gradient of the products of phi and the streams, and those of scale and bias."""
 
-    full: Tensor  # [t, n*n + 2n + 1] fp32, tokens adjacent; the last is what x is multiplied by
+    full: Tensor  # [t, BLOCK_W] fp32, of which n*n + 2n columns are written
     short: Tensor  # [t, n*n + 2n] in the dtype of x, tokens adjacent
+    spread: Tensor  # [t] fp32, what x itself is multiplied by for its root mean square
     d_scale: Tensor
     d_bias: Tensor
 
@@ -228,7 +227,9 @@ def product_gradient(
     """From gradients of pre, post and comb to those of the products, scale and bias."""
     (t, n, c), width, device = x.shape, len(scale), saved.device
     num_programs = -(-t // TOKENS)
-    full = torch.empty(width + 1, t, dtype=torch.float32, device=device)
+    block_w = block_width(width)
+    full = torch.empty(t, block_w, dtype=torch.float32, device=device)
+    spread = torch.empty(t, dtype=torch.float32, device=device)
     short = torch.empty(width, t, dtype=x.dtype, device=device)
     sums = torch.empty(num_programs, 2, width, dtype=torch.float32, device=device)
     if t > 0:
@@ -237,22 +238,23 @@ def product_gradient(
         kernel: Any = _coefficients_bwd_kernel
         with torch.cuda.device_of(saved):
             kernel[(num_programs,)](
-                *grads, saved, scale.contiguous(), bias.contiguous(), totals, full, short, sums,
+                *grads, saved, scale.contiguous(), bias.contiguous(), totals, full, short, spread, sums,
                 t, iters, eps, N=n, C=c, INTERPRETED=knobs.runtime.interpret, BLOCK_T=TOKENS,
-                **launch_options(1, 1),
+                BLOCK_W=block_w, **launch_options(1, 1),
             )  # fmt: skip
     d_scale, d_bias = (sums[:, i].sum(0) for i in range(2))
-    return ProductGradient(full.mT, short.mT, d_scale.to(scale.dtype), d_bias.to(bias.dtype))
+    return ProductGradient(full, short.mT, spread, d_scale.to(scale.dtype), d_bias.to(bias.dtype))
 
 
 def stream_gradient(
     x: Tensor,
     phi: Tensor,
     d_product: Tensor,
+    spread: Tensor,
     config: Config | None = None,
     passed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and phi from that of their products; see `product_gradient`.
+    """Gradients of x and phi from those of their products; see `ProductGradient`.
 
     passed: a contiguous gradient of x from elsewhere, added to the first.
     """
@@ -267,7 +269,7 @@ def stream_gradient(
         kernel: Any = _project_bwd_kernel
         with torch.cuda.device_of(x):
             kernel[(blocks * splits,)](
-                x, x.stride(0), x.stride(1), phi.contiguous(), d_product, *d_product.stride(),
+                x, x.stride(0), x.stride(1), phi.contiguous(), d_product, spread,
                 d_x if passed is None else passed, d_x, d_phi, t, splits, tokens_per_split,
                 IS_PASSED=passed is not None, INTERPRETED=knobs.runtime.interpret,
                 **project_constants(n, c, phi.shape[0], config),
@@ -286,8 +288,8 @@ def token_splits(t: int, blocks: int, config: Config, sms: int) -> tuple[int, in
 def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Gradients of four streams of 4096 channels."""
     n, c = SHIPPED
-    config = SHORT
-    first = {"N": n, "C": c, "INTERPRETED": False, "BLOCK_T": TOKENS}
+    config, block_w = SHORT, block_width(SHIPPED_WIDTH)
+    first = {"N": n, "C": c, "INTERPRETED": False, "BLOCK_T": TOKENS, "BLOCK_W": block_w}
     second = project_constants(*SHIPPED, SHIPPED_WIDTH, config)
     cases = [compile_case("coefficients backward", _coefficients_bwd_kernel, first, 1)]
     for name, is_passed in (("project backward", False), ("project backward and add", True)):

@@ -65,12 +65,13 @@ def _head_kernel(
 
 @triton.jit(do_not_specialize=["t"])
 def _head_bwd_kernel(
-    d_pre_ptr, saved_ptr, scale_ptr, bias_ptr, d_product_ptr, d_scale_ptr, d_bias_ptr, t,
+    d_pre_ptr, saved_ptr, scale_ptr, bias_ptr, d_product_ptr, spread_ptr, d_scale_ptr, d_bias_ptr,
+    t,
     N: tl.constexpr, C: tl.constexpr,
     SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    # d_product [t, BLOCK_W]: of phi x, then what x itself is multiplied by. d_scale [programs],
-    # d_bias [programs, N].
+    # d_product [t, BLOCK_W]: of phi x; spread [t]: what x itself is multiplied by. d_scale
+    # [programs], d_bias [programs, N].
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     j, is_j = vector_columns(N, SIZE)
     is_token = token < t
@@ -87,7 +88,7 @@ def _head_bwd_kernel(
     factor = tl.load(scale_ptr).to(tl.float32) * rstd
     product = d_product_ptr + token * BLOCK_W
     tl.store(product[:, None] + j, grad * factor[:, None], mask=is_vector)
-    tl.store(product + N, -along * factor * rstd / (N * C), mask=is_token)
+    tl.store(spread_ptr + token, -along * factor * rstd / (N * C), mask=is_token)
 
 
 def mhc_head_triton(
@@ -118,16 +119,17 @@ def mhc_head_backward_triton(
     constants = _constants(n, c)
     num_programs = -(-t // constants["BLOCK_T"])
     d_product = torch.empty(t, constants["BLOCK_W"], dtype=torch.float32, device=device)
+    spread = torch.empty(t, dtype=torch.float32, device=device)
     d_scale = torch.empty(num_programs, 1, dtype=torch.float32, device=device)
     d_bias = torch.empty(num_programs, n, dtype=torch.float32, device=device)
     if t > 0:
         kernel: Any = _head_bwd_kernel
         with torch.cuda.device_of(x):
             kernel[(num_programs,)](
-                d_pre, saved, scale.contiguous(), bias.contiguous(), d_product, d_scale, d_bias, t,
-                **constants, **launch_options(1, 1),
+                d_pre, saved, scale.contiguous(), bias.contiguous(), d_product, spread, d_scale,
+                d_bias, t, **constants, **launch_options(1, 1),
             )  # fmt: skip
-    d_x, d_phi = stream_gradient(x, phi, d_product)
+    d_x, d_phi = stream_gradient(x, phi, d_product, spread)
     return d_x, d_phi, d_scale.sum(0).to(scale.dtype), d_bias.sum(0).to(bias.dtype)
 
 

@@ -41,7 +41,7 @@ def choose_phi_config(n: int, c: int) -> Config:
 
 @triton.jit(do_not_specialize=["t", "splits", "tokens_per_split"])
 def _phi_bwd_kernel(
-    x_ptr, d_product_ptr, stride_p_t, stride_p_w, d_phi_ptr, t, splits, tokens_per_split,
+    x_ptr, d_product_ptr, d_phi_ptr, t, splits, tokens_per_split,
     N: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +61,8 @@ def _phi_bwd_kernel(
         is_x = is_token & (channel < N * C)[None, :]
         x = tl.load(x_ptr + token * (N * C) + channel[None, :], mask=is_x, other=0.0)
         is_product = is_token & (column < WIDTH)[None, :]
-        of_product = token * stride_p_t + column.to(tl.int64)[None, :] * stride_p_w
-        grad = tl.load(d_product_ptr + of_product, mask=is_product, other=0.0)
+        of_product = d_product_ptr + token * BLOCK_W + column[None, :]
+        grad = tl.load(of_product, mask=is_product, other=0.0)
         high = round_to(grad, DTYPE, INTERPRETED)
         low = round_to(grad - high.to(tl.float32), DTYPE, INTERPRETED).to(FACTOR)
         factor = tl.trans(x.to(FACTOR))
@@ -90,7 +90,7 @@ def phi_gradient(
         kernel: Any = _phi_bwd_kernel
         with torch.cuda.device_of(x):
             kernel[(blocks * splits,)](
-                x, d_product, *d_product.stride(), d_phi, t, splits, tokens_per_split,
+                x, d_product, d_phi, t, splits, tokens_per_split,
                 INTERPRETED=knobs.runtime.interpret,
                 **project_constants(n, c, phi.shape[0], config),
                 **launch_options(config.num_warps, config.num_stages),

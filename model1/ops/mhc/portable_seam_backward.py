@@ -181,7 +181,7 @@ def _through_coefficients(
     d_phi = phi_gradient(out, phi, product.full)
     # rounded on the way twice, as the result's own
     through = product.short @ phi.to(out.dtype)
-    whole = SeamGradients(d_u, passed, stats, through, product.full[:, -1])
+    whole = SeamGradients(d_u, passed, stats, through, product.spread)
     return whole, d_phi, product.d_scale, product.d_bias, d_weight
 
 
@@ -199,7 +199,7 @@ def _enter_in_parts(
     )
     grads = d_pre, d_post, d_comb
     product = product_gradient(grads, out, scale, bias, saved, iters=iters, eps=eps)
-    total, d_phi = stream_gradient(out, phi, product.full, passed=total)
+    total, d_phi = stream_gradient(out, phi, product.full, product.spread, passed=total)
     return total, d_phi, product.d_scale, product.d_bias, d_weight
 
 
