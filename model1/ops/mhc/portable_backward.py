@@ -238,8 +238,8 @@ def product_gradient(
         kernel: Any = _coefficients_bwd_kernel
         with torch.cuda.device_of(saved):
             kernel[(num_programs,)](
-                *grads, saved, scale.contiguous(), bias.contiguous(), totals, full, short, spread, sums,
-                t, iters, eps, N=n, C=c, INTERPRETED=knobs.runtime.interpret, BLOCK_T=TOKENS,
+                *grads, saved, scale.contiguous(), bias.contiguous(), totals, full, short, spread,
+                sums, t, iters, eps, N=n, C=c, INTERPRETED=knobs.runtime.interpret, BLOCK_T=TOKENS,
                 BLOCK_W=block_w, **launch_options(1, 1),
             )  # fmt: skip
     d_scale, d_bias = (sums[:, i].sum(0) for i in range(2))
