@@ -85,6 +85,11 @@ def _mhc_tensors(seed: int) -> dict[str, Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
 
 
+def _entered(**arguments: Any) -> tuple[Tensor, ...]:
+    x, *start = mhc_enter(**arguments)
+    return *start, x  # first what depends on every argument
+
+
 def _mhc(function: Callable[..., Any], names: str, **options: Any) -> Callable[[int], Call]:
     def build(seed: int) -> Call:
         tensors = _mhc_tensors(seed)
@@ -114,7 +119,7 @@ MEMORY_CALLS: dict[str, Callable[[int], Call]] = {
         mhc_write_back_collapse_norm, "x y post comb pre weight", norm_eps=1e-6
     ),
     "mhc_enter": _mhc(
-        mhc_enter, "x phi scale bias weight", iters=20, eps=1e-6, norm_eps=1e-6
+        _entered, "x phi scale bias weight", iters=20, eps=1e-6, norm_eps=1e-6
     ),
     "mhc_seam": _mhc(
         mhc_seam, "x y post comb phi scale bias weight", iters=20, eps=1e-6, norm_eps=1e-6

@@ -47,6 +47,26 @@ def test_sums_equal_a_loop(m: int, dim: int, dtype: torch.dtype, backend: str) -
     assert backend == "ref" or torch.equal(again[1], sums)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("m", [0, 1, 50])
+def test_padded_sums_are_the_same_and_change_no_other_row(m: int, backend: str) -> None:
+    rows, grads = torch.randint(7, (m,)).to(DEVICE), torch.randn(m, 24).to(DEVICE)
+    unique, sums = sum_equal_rows(rows, grads, backend=backend)
+    padded, padded_sums = sum_equal_rows(rows, grads, is_padded=True, backend=backend)
+    assert len(padded) == len(padded_sums) == m
+    assert torch.equal(padded[: len(unique)], unique)
+    assert torch.equal(padded_sums[: len(unique)], sums)
+    assert (padded[len(unique) :] == -1).all()
+    assert not padded_sums[len(unique) :].any()
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "backend": backend}
+    stepped, want = state(9, 24), state(9, 24)
+    for tensor, other in zip(stepped, want, strict=True):
+        tensor.copy_(other)
+    row_adam_step(*stepped, padded, padded_sums, **options)
+    row_adam_step(*want, unique, sums, **options)
+    assert all(map(torch.equal, stepped, want))
+
+
 def test_a_sum_does_not_depend_on_other_rows() -> None:
     grads = torch.randn(9, 16).to(DEVICE)
     rows = torch.tensor([3, 1, 3, 8, 3, 1, 0, 8, 3]).to(DEVICE)
