@@ -1,4 +1,4 @@
-"""The Hopper backward of sparse prefill, both kernels: right, reproducible, taken where asked."""
+"""The Hopper backward of sparse prefill: right, reproducible, taken where asked or faster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparse_prefill_cases import (
 from model1.errors import BackendUnavailable
 from model1.ops import sparse_prefill as contract
 from model1.ops.backend import Operator, hopper_refusal
-from model1.ops.sparse_prefill import choice, gradient, sparse_prefill
+from model1.ops.sparse_prefill import gradient, sparse_prefill
 
 MODEL1, V32 = (512, 512), (576, 512)
 BOTH = pytest.mark.parametrize("dims", [MODEL1, V32], ids=["512", "576"])
@@ -34,16 +34,6 @@ on_hopper = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["divided", "even"])
-def _either_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model1.ops.sparse_prefill import config, hopper_backward
-
-    def choose(d: int, deterministic: bool) -> Any:
-        return config.hopper_backward_config(d, deterministic, is_divided=request.param)
-
-    monkeypatch.setattr(hopper_backward, "hopper_backward_config", choose)
-
-
 def make_call(dims: tuple[int, int] = MODEL1, **shape: Any) -> dict[str, Any]:
     return make_arguments(Shape(d=dims[0], value_dim=dims[1], **shape))
 
@@ -52,7 +42,6 @@ def check(arguments: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
     return assert_gradients_right(arguments, backend="hopper", **options)
 
 
-@pytest.mark.usefixtures("_either_kernel")
 class TestOnHopper:
     pytestmark = on_hopper
 
@@ -185,6 +174,19 @@ class TestOnHopper:
         for name, grad in want.items():
             torch.testing.assert_close(got[name], grad, atol=2e-2, rtol=2e-2)
 
+    @BOTH
+    @EITHER
+    def test_auto_runs_it_for_64_heads(self, dims: tuple[int, int], deterministic: bool) -> None:
+        for h, kernel in ((64, "_sparse_attn_bwd_hopper_kernel"), (63, "_sparse_attn_bwd_kernel")):
+            arguments = make_call(dims, t=3, h=h, topk=70)
+            dout = torch.randn(3, h, 512, device=DEVICE)
+            gradients(arguments, dout, deterministic=deterministic)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                gradients(arguments, dout, deterministic=deterministic)
+                torch.cuda.synchronize()
+            names = {event.name for event in seen.events() or []}
+            assert {name for name in names if "sparse_attn_bwd" in name} == {kernel}
+
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -204,8 +206,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def run_both(**options: Any) -> None:
-    arguments = make_arguments(Shape(t=2, d=512, value_dim=512), dtype=torch.bfloat16)
+def run_both(d: int = 512, h: int = 3, **options: Any) -> None:
+    arguments = make_arguments(Shape(t=2, h=h, d=d, value_dim=512), dtype=torch.bfloat16)
     q = arguments["q"].detach().requires_grad_()
     sparse_prefill(**arguments | options | {"q": q}).out.sum().backward()
 
@@ -227,12 +229,20 @@ def test_the_gradient_is_of_the_kernel_that_was_asked_for_or_wins(
     assert chosen == used
 
 
-def test_it_wins_where_it_was_seen_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_MIN_BACKWARD_HEADS", None)
-    assert not choice.hopper_backward_wins(128)
-    monkeypatch.setattr(choice, "_MIN_BACKWARD_HEADS", 64)
-    assert choice.hopper_backward_wins(64)
-    assert not choice.hopper_backward_wins(63)
+@BOTH
+@EITHER
+@pytest.mark.parametrize(("h", "used"), [(63, "triton"), (64, "hopper"), (128, "hopper")])
+def test_auto_takes_it_where_it_was_seen_to_win(
+    dims: tuple[int, int], deterministic: bool, h: int, used: str, chosen: list[str]
+) -> None:
+    run_both(dims[0], h, deterministic=deterministic)
+    assert chosen == ["hopper", used]
+
+
+def test_auto_is_portable_on_other_gpus(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Operator, "offers_hopper", lambda self, device: False)
+    run_both(h=64)
+    assert chosen == ["triton", "triton"]
 
 
 def test_more_pairs_of_one_query_than_32_bits_count_are_refused() -> None:

@@ -61,27 +61,3 @@ def backward_config(
         return Config(block_h=32, block_n=block_n, piece=128, num_warps=8, num_stages=2)
     num_warps = 8 if target.arch == 80 else 4
     return Config(block_h=16, block_n=16, piece=128, num_warps=num_warps, num_stages=2)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HopperBackwardConfig:
-    """Launch parameters of the backward kernels for Hopper.
-
-    is_divided: four warps fetch keys and weigh them for the eight others, which have so many
-    registers; else eight do all. piece: channels of rows of dkv that are computed at a time. ahead:
-    the next piece is computed while one is added. wide: lanes exchange what they have twice, to add
-    lines of 128 bytes instead of halves.
-    """
-
-    is_divided: bool
-    piece: int = 128
-    ahead: bool
-    wide: bool = True
-    registers: int = 200
-
-
-def hopper_backward_config(
-    d: int, deterministic: bool, *, is_divided: bool = True
-) -> HopperBackwardConfig:
-    """For rows of d channels; not yet measured, but with few spills."""
-    return HopperBackwardConfig(is_divided=is_divided, ahead=d <= 512 and not deterministic)

@@ -7,10 +7,9 @@
 
 With X = [q; dout] in shared memory a block of 64 keys k takes k X^T (logits and dp), ds k (its part
 of dq) and W^T X with W = [ds; p] (the gradient of its rows, added to dkv). Keys are free when the
-second product is done: the next ones come while the third runs. In one kernel four warps fetch keys
-and weigh them while eight add what was weighed before, in the other eight do all of it in turns.
-Rows of X are in groups of 32 heads, q, dout, q, dout, so that a warp group finds logits and dp of
-the same heads in one product. docs/kernels_hopper.md has budgets and reasons.
+second product is done: the next ones come while the third runs. Rows of X are in groups of 32
+heads, q, dout, q, dout, so that a warp group finds logits and dp of the same heads in one product.
+docs/kernels_hopper.md has budgets and reasons.
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma_wait
 
 from model1.ops.hopper.attend import tile_layout
 from model1.ops.sparse_prefill.hopper_backward_tiles import (
@@ -49,166 +44,22 @@ _SIZES = [
 ]  # fmt: skip
 
 
-@gluon.jit
-def _score_blocks(
-    q_row, dout_row, stride_qh, stride_dh, kv_ptr, stride_kv, entries, length, num_keys,
-    log2_totals, deltas, first_head, num_heads, softmax_scale, zero, row_sums, x, q_rope, k, k_rope,
-    ds_tile, p_tile, w_ready, w_free, k_free, HAS_ROPE: gl.constexpr,
-):  # fmt: skip
-    """The four warps that copy X and keys and compute W, a block ahead of the others."""
-    S: gl.constexpr = product_layout(GROUP, 4)
-    COPIED: gl.constexpr = gl.SliceLayout(1, copy_layout(4))
-    HEAD: gl.constexpr = gl.SliceLayout(0, S)
-    copy_heads(
-        x.index(0), q_rope.index(0), q_row, dout_row, stride_qh, stride_dh, first_head, num_heads,
-        4, HAS_ROPE,
-    )  # fmt: skip
-    for i in gl.static_range(2):
-        head = first_head + i * GROUP + gl.arange(0, GROUP, layout=HEAD)
-        log2_total = gl.load(log2_totals + head, mask=head < num_heads, other=0.0)
-        row_sums.index(2 * i).store(log2_total)
-        delta = gl.load(deltas + head, mask=head < num_heads, other=0.0)
-        row_sums.index(2 * i + 1).store(delta)
-    index = load_indices(entries, 0, length, num_keys, COPIED)
-    for start in range(0, length, KEYS):
-        a = start * zero
-        phase = (start // KEYS) & 1
-        mbarrier.wait(k_free.index(0), phase ^ 1)
-        copy_keys(kv_ptr, stride_kv, index, k.index(a), k_rope.index(a), 4, HAS_ROPE)
-        index = load_indices(entries, start + KEYS, length, num_keys, COPIED)
-        is_key = load_indices(entries, start, length, num_keys, gl.SliceLayout(1, S)) >= 0
-        async_copy.wait_group(0)
-        fence_async_shared()
-        gl.thread_barrier()
-        for i in gl.static_range(2):
-            both, more = issue_scores(
-                x.index(a), q_rope.index(a), k.index(a), k_rope.index(a), 2 * i * GROUP,
-                2 * GROUP, 4, HAS_ROPE,
-            )  # fmt: skip
-            if HAS_ROPE:
-                both, more = warpgroup_mma_wait(0, deps=[both, more])
-            else:
-                both = warpgroup_mma_wait(0, deps=[both])
-                more = both
-            log2_total = row_sums.index(2 * i).load(HEAD)
-            delta = row_sums.index(2 * i + 1).load(HEAD)
-            ds, p = weights(
-                both, more, is_key, log2_total, delta, softmax_scale, GROUP, 4, HAS_ROPE
-            )
-            if i == 0:  # the weights of the block before are being used until now
-                mbarrier.wait(w_free.index(0), phase ^ 1)
-            ds_tile.index(a).slice(i * GROUP, GROUP).permute((1, 0)).store(ds)
-            p_tile.index(a).slice(i * GROUP, GROUP).permute((1, 0)).store(p)
-        fence_async_shared()
-        mbarrier.arrive(w_ready.index(0), count=1)
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _add_blocks(
-    dq_rows, dkv, entries, length, num_keys, first_head, num_heads, zero, x, q_rope, k, k_rope,
-    ds_tile, p_tile, w_ready, w_free, k_free,
-    D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
-    WIDE: gl.constexpr,
-):  # fmt: skip
-    """The eight warps that compute dq and the gradients of the keys' rows."""
-    HAS_ROPE: gl.constexpr = D > VALUES
-    dq = gl.full([HEADS, VALUES], 0.0, gl.float32, layout=product_layout(128, 8))
-    dq_rope = dq
-    if HAS_ROPE:
-        dq_rope = gl.full([HEADS, ROPE], 0.0, gl.float32, layout=product_layout(ROPE // 2, 8))
-    for start in range(0, length, KEYS):
-        a = start * zero
-        mbarrier.wait(w_ready.index(0), (start // KEYS) & 1)
-        dq, dq_rope, rows = start_block(
-            dq, dq_rope, ds_tile.index(a), p_tile.index(a), x.index(a), k.index(a),
-            k_rope.index(a), PIECE, HAS_ROPE,
-        )  # fmt: skip
-        mbarrier.arrive(k_free.index(0), count=1)
-        finish_block(
-            rows, ds_tile.index(a), p_tile.index(a), x.index(a), q_rope.index(a), dkv, entries,
-            start, length, num_keys, w_free.index(0), D, DETERMINISTIC, PIECE, AHEAD, WIDE,
-        )  # fmt: skip
-    store_queries(dq_rows, dq, first_head, num_heads, 0, D)
-    if HAS_ROPE:
-        store_queries(dq_rows, dq_rope, first_head, num_heads, VALUES, D)
-
-
 @gluon.jit(do_not_specialize=_SIZES)
 def _sparse_attn_bwd_hopper_kernel(
     dout_ptr, q_ptr, kv_ptr, topk_indices_ptr, topk_length_ptr, log2_total_ptr, delta_ptr,
     dq_ptr, dkv_ptr,
     stride_dt, stride_dh, stride_qt, stride_qh, stride_kv, stride_topk,
     first_row, num_heads, num_keys, topk, softmax_scale, zero,
-    D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
-    WIDE: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """dq of the queries from first_row on, and dkv or, if DETERMINISTIC, the pairs in its place.
 
     Strides of dout, q and kv count 8 numbers. zero: 0 at run time, since known indices would have
-    every matrix descriptor computed ahead and spilled. PIECE channels of rows of dkv are computed
-    at a time; AHEAD: the next piece while this one is added; WIDE: by lines of 128 bytes,
-    not by halves. REGISTERS: of the warps that add.
+    every matrix descriptor computed ahead and spilled.
     """
     HAS_ROPE: gl.constexpr = D > VALUES
-    TILE: gl.constexpr = tile_layout(2)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    x = gl.allocate_shared_memory(gl.bfloat16, [1, 2 * HEADS, VALUES], TILE)
-    k = gl.allocate_shared_memory(gl.bfloat16, [1, KEYS, VALUES], TILE)
-    ds_tile = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, KEYS], TILE)
-    p_tile = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, KEYS], TILE)
-    q_rope, k_rope = x, k
-    if HAS_ROPE:
-        q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, ROPE], TILE)
-        k_rope = gl.allocate_shared_memory(gl.bfloat16, [1, KEYS, ROPE], TILE)
-    # of 32 heads each: log2 of the denominator, sum(out dout), and the same of the other heads
-    row_sums = gl.allocate_shared_memory(
-        gl.float32, [4, GROUP], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
-    w_ready = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    w_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
-    mbarrier.init(w_ready.index(0), count=1)
-    mbarrier.init(w_free.index(0), count=1)
-    mbarrier.init(k_free.index(0), count=1)
-    num_tiles = (num_heads + HEADS - 1) // HEADS
-    i = first_row + (gl.program_id(0) // num_tiles).to(gl.int64)
-    first_head = (gl.program_id(0) % num_tiles) * HEADS
-    length = topk
-    if topk_length_ptr is not None:
-        length = gl.minimum(gl.load(topk_length_ptr + i), topk)
-    entries = topk_indices_ptr + i * stride_topk
-    dkv = dkv_ptr
-    if DETERMINISTIC:
-        dkv += gl.program_id(0).to(gl.int64) * topk * D
-    gl.warp_specialize([
-        (_score_blocks, (
-            q_ptr + i * stride_qt * 8, dout_ptr + i * stride_dt * 8, stride_qh, stride_dh, kv_ptr,
-            stride_kv, entries, length, num_keys, log2_total_ptr + i * num_heads,
-            delta_ptr + i * num_heads, first_head, num_heads, softmax_scale, zero, row_sums, x,
-            q_rope, k, k_rope, ds_tile, p_tile, w_ready, w_free, k_free, HAS_ROPE,
-        )),
-        (_add_blocks, (
-            dq_ptr + i * num_heads * D, dkv, entries, length, num_keys, first_head, num_heads, zero,
-            x, q_rope, k, k_rope, ds_tile, p_tile, w_ready, w_free, k_free,
-            D, DETERMINISTIC, PIECE, AHEAD, WIDE,
-        )),
-    ], [8], [REGISTERS])  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=_SIZES)
-def _sparse_attn_bwd_even_kernel(
-    dout_ptr, q_ptr, kv_ptr, topk_indices_ptr, topk_length_ptr, log2_total_ptr, delta_ptr,
-    dq_ptr, dkv_ptr,
-    stride_dt, stride_dh, stride_qt, stride_qh, stride_kv, stride_topk,
-    first_row, num_heads, num_keys, topk, softmax_scale, zero,
-    D: gl.constexpr, DETERMINISTIC: gl.constexpr, PIECE: gl.constexpr, AHEAD: gl.constexpr,
-    WIDE: gl.constexpr,
-):  # fmt: skip
-    """`_sparse_attn_bwd_hopper_kernel` by eight warps that are all alike."""
-    HAS_ROPE: gl.constexpr = D > VALUES
-    S: gl.constexpr = product_layout(GROUP, 8)
-    COPIED: gl.constexpr = gl.SliceLayout(1, copy_layout(8))
+    S: gl.constexpr = product_layout(GROUP)
+    COPIED: gl.constexpr = gl.SliceLayout(1, copy_layout())
     TILE: gl.constexpr = tile_layout(2)
     x = gl.allocate_shared_memory(gl.bfloat16, [1, 2 * HEADS, VALUES], TILE)
     k = gl.allocate_shared_memory(gl.bfloat16, [1, KEYS, VALUES], TILE)
@@ -230,12 +81,12 @@ def _sparse_attn_bwd_even_kernel(
         dkv += gl.program_id(0).to(gl.int64) * topk * D
     copy_heads(
         x.index(0), q_rope.index(0), q_ptr + i * stride_qt * 8, dout_ptr + i * stride_dt * 8,
-        stride_qh, stride_dh, first_head, num_heads, 8, HAS_ROPE,
+        stride_qh, stride_dh, first_head, num_heads, HAS_ROPE,
     )  # fmt: skip
     index = load_indices(entries, 0, length, num_keys, COPIED)
-    copy_keys(kv_ptr, stride_kv, index, k.index(0), k_rope.index(0), 8, HAS_ROPE)
+    copy_keys(kv_ptr, stride_kv, index, k.index(0), k_rope.index(0), HAS_ROPE)
     index = load_indices(entries, KEYS, length, num_keys, COPIED)
-    dq = gl.full([HEADS, VALUES], 0.0, gl.float32, layout=product_layout(128, 8))
+    dq = gl.full([HEADS, VALUES], 0.0, gl.float32, layout=product_layout(128))
     dq_rope = dq
     if HAS_ROPE:
         dq_rope = gl.full([HEADS, ROPE], 0.0, gl.float32, layout=S)
@@ -250,28 +101,28 @@ def _sparse_attn_bwd_even_kernel(
         fence_async_shared()
         gl.thread_barrier()
         both, more = issue_scores(
-            x.index(a), q_rope.index(a), k.index(a), k_rope.index(a), 0, 2 * HEADS, 8, HAS_ROPE
+            x.index(a), q_rope.index(a), k.index(a), k_rope.index(a), HAS_ROPE
         )
         if HAS_ROPE:
             both, more = warpgroup_mma_wait(0, deps=[both, more])
         else:
             both = warpgroup_mma_wait(0, deps=[both])
             more = both
-        ds, p = weights(both, more, is_key, log2_total, delta, softmax_scale, HEADS, 8, HAS_ROPE)
+        ds, p = weights(both, more, is_key, log2_total, delta, softmax_scale, HAS_ROPE)
         ds_tile.index(a).permute((1, 0)).store(ds)
         p_tile.index(a).permute((1, 0)).store(p)
         fence_async_shared()
         gl.thread_barrier()
         dq, dq_rope, rows = start_block(
             dq, dq_rope, ds_tile.index(a), p_tile.index(a), x.index(a), k.index(a),
-            k_rope.index(a), PIECE, HAS_ROPE,
+            k_rope.index(a), HAS_ROPE,
         )  # fmt: skip
         gl.thread_barrier()  # all warps have multiplied with the keys
-        copy_keys(kv_ptr, stride_kv, index, k.index(a), k_rope.index(a), 8, HAS_ROPE)
+        copy_keys(kv_ptr, stride_kv, index, k.index(a), k_rope.index(a), HAS_ROPE)
         index = load_indices(entries, start + 2 * KEYS, length, num_keys, COPIED)
         finish_block(
             rows, ds_tile.index(a), p_tile.index(a), x.index(a), q_rope.index(a), dkv, entries,
-            start, length, num_keys, zero, D, DETERMINISTIC, PIECE, AHEAD, WIDE,
+            start, length, num_keys, D, DETERMINISTIC,
         )  # fmt: skip
     async_copy.wait_group(0)
     dq_rows = dq_ptr + i * num_heads * D
