@@ -34,6 +34,8 @@ MODULES = (
     "model1.ops.mhc.portable_chain",
     "model1.ops.mhc.portable_chain_backward",
     "model1.ops.mhc.portable_head",
+    "model1.ops.mhc.portable_phi",
+    "model1.ops.mhc.portable_seam_backward",
     "model1.ops.mhc.portable_single_pass",
     "model1.ops.mhc.portable_streams",
     "model1.ops.moe.portable_route",

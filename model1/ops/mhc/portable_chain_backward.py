@@ -93,9 +93,12 @@ def _collapse_norm_bwd_kernel(
     INTERPRETED: tl.constexpr = REGISTER == ""
     DTYPE: tl.constexpr = d_x_ptr.dtype.element_ty
     PIECES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    d_weight = ()
-    for _ in tl.static_range(PIECES):
+    d_weight, weight = (), ()  # the latter here, or every token's would pass through stages
+    for piece in tl.static_range(PIECES):
+        channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
         d_weight += (tl.zeros((BLOCK_C,), tl.float32),)
+        value = tl.load(weight_ptr + channel, mask=channel < C, other=0.0)
+        weight += (value.to(tl.float32),)
     for index in tl.range(tl.program_id(0), t, tl.num_programs(0), num_stages=STAGES):
         token = tl.cast(index, tl.int64)
         pre = numbers(pre_ptr + token * N, 0, 1, N)
@@ -108,9 +111,7 @@ def _collapse_norm_bwd_kernel(
         for _ in tl.static_range(2 + 2 * N):
             sums += (tl.zeros((BLOCK_C // RUN,), tl.float32),)
         for piece in tl.static_range(PIECES):
-            channel = piece * BLOCK_C + tl.arange(0, BLOCK_C)
-            weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
-            scaled = grad[piece].to(tl.float32) * weight
+            scaled = grad[piece].to(tl.float32) * weight[piece]
             collapsed = weighted(x[piece * N : piece * N + N], pre, N)
             new = (sums[0] + run_sum(collapsed, collapsed, RUN),)
             new += (sums[1] + run_sum(collapsed, scaled, RUN),)
@@ -140,8 +141,7 @@ def _collapse_norm_bwd_kernel(
             d_u = pinned(grad[piece], REGISTER).to(tl.float32)
             new_weight += (d_weight[piece] + d_u * (collapsed * rstd),)
             if HAS_D_X:
-                weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-                d_collapsed = d_u * weight * rstd - collapsed * drop
+                d_collapsed = d_u * weight[piece] * rstd - collapsed * drop
                 for i in tl.static_range(N):
                     d_x = d_collapsed * pre[i]
                     at = (token * N + i) * C + channel
