@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY_LINES = 35000  # all of model1/; growth is explained in the change that needs it
+LIBRARY_LINES = 38000  # all of model1/; growth is explained in the change that needs it
 FOLDERS = ("model1", "tests", "tools", "examples", "benchmarks")
 FILE_LINES = 300
 TEST_FILE_LINES = 400

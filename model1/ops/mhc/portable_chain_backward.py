@@ -45,10 +45,10 @@ class RowConfig:
     programs_per_sm: int  # that run at once
 
 
-# With 8192 tokens of 4 x 4096 on an H200, 2026-12-01: 242 us, and 137 without the streams'
-# gradient; with 8 channels a thread and a program an SM 322 and 251, with 3 stages of those 253 and
-# 195; with 16 channels, no stages and 4 programs 270 and 134.
-ROWS = RowConfig(channels_per_thread=32, num_stages=2, programs_per_sm=4)
+# With 8192 tokens of 4 x 4096 on an H200, 2026-12-01: 270 us, and 134 without the streams'
+# gradient; with 8 channels a thread, two stages and a program an SM 322 and 251, with 3 stages 253
+# and 195; with 32 channels and two stages 242 and 137, but then registers spill on sm_120.
+ROWS = RowConfig(channels_per_thread=16, num_stages=1, programs_per_sm=4)
 SCRATCH_BYTES = 17 << 10  # of shared memory, for sums
 # A warp that takes a whole token holds it in pieces of what one load of its threads brings. With
 # 65,536 tokens of 4 x 768: 8, 12, 14, 16, 20 and 24 programs an SM take 163, 143, 192, 179, 157 and
