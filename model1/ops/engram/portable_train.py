@@ -77,6 +77,8 @@ def _engram_row_adam_kernel(
     square_hat = square / (1.0 - tl.exp(count * log_beta2))[:, None]
     value = tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
     value -= lr * mean_hat / (tl.sqrt(square_hat) + eps)
+    # several warps may hold the same number: none may still load what another has stored
+    tl.debug_barrier()
     tl.store(mean_ptr + at, mean, mask=mask)
     tl.store(square_ptr + at, square, mask=mask)
     tl.store(steps_ptr + row, count, mask=is_touched)

@@ -165,7 +165,9 @@ def _project_bwd_kernel(
     is_phi = (column < WIDTH)[:, None] & is_channel
     phi = tl.load(phi_ptr + at, mask=is_phi, other=0.0).to(tl.float32)
     if IS_SHORT:
-        phi = round_to(phi, DTYPE, INTERPRETED).to(FACTOR)
+        short_phi = round_to(phi, DTYPE, INTERPRETED)
+        rest = round_to(phi - short_phi.to(tl.float32), DTYPE, INTERPRETED).to(FACTOR)
+        phi = short_phi.to(FACTOR)
     d_phi = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     first = split * tokens_per_split
     for start in range(first, tl.minimum(first + tokens_per_split, t), BLOCK_T):
@@ -188,8 +190,11 @@ def _project_bwd_kernel(
             high = rounded.to(FACTOR)
             d_phi = tl.dot(tl.trans(low), factor, acc=d_phi)
             d_phi = tl.dot(tl.trans(high), factor, acc=d_phi)
-            # two roundings on the way, as the result's own
+            # two roundings on the way, as the result's own, which average out over many columns
             d_x = tl.dot(high, phi, acc=d_x)
+            if WIDTH == N:
+                d_x = tl.dot(low, phi, acc=d_x)
+                d_x = tl.dot(high, rest, acc=d_x)
         else:
             d_phi = tl.dot(tl.trans(grad), factor, acc=d_phi, input_precision="ieee")
             d_x = tl.dot(grad, phi, acc=d_x, input_precision="ieee")
