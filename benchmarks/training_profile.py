@@ -19,7 +19,7 @@ GROUPS = (
     ("attention", r"flex_attention|mha_prefill|flash|fmha|scaled_dot_product|sdpa"),
     (
         "hyper-connections",
-        r"mhc|sinkhorn|collapse_norm|write_back|_project_|_coefficients_|_seam_|_phi_bwd",
+        r"mhc|sinkhorn|collapse_norm|write_back|_project_|_coefficients_|_seam_|_phi_bwd|_head_(bwd_)?kernel|_single_pass_",
     ),
     ("Engram", r"engram"),
     ("experts", r"_moe_|moe::"),
@@ -127,8 +127,9 @@ def idle_times(events: Iterable[Any]) -> list[tuple[float, str, str]]:
         for event in events
         if event.device_type != torch.autograd.DeviceType.CPU and not event.is_user_annotation
     )
-    gaps, last = [], kernels[0]
+    gaps, last = [], kernels[0] if kernels else None
     for kernel in kernels:
+        assert last is not None
         if kernel[0] > last[1]:
             gaps.append((1e-3 * (kernel[0] - last[1]), last[2], kernel[2]))
         last = max(last, kernel, key=lambda one: one[1])

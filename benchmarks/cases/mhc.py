@@ -146,11 +146,11 @@ STEPS: dict[str, tuple[Step, int]] = {
     # then x, y, the new streams and both gradients in, those of x and y out
     "seam+backward": (Sublayer.seam_backward, 6 * NUM_STREAMS + 5),
     "single pass": (Sublayer.single_pass, 2 * NUM_STREAMS + 2),
-    # then x, y and both gradients in, those of x and y out
-    "single pass+backward": (Sublayer.single_pass_backward, 5 * NUM_STREAMS + 5),
+    # then x, y, the new streams and both gradients in, those of x and y out
+    "single pass+backward": (Sublayer.single_pass_backward, 6 * NUM_STREAMS + 5),
     # as the single pass, for a pass that weighs the new streams for the next one as it writes them
     "single-pass step": (Sublayer.single_pass_step, 2 * NUM_STREAMS + 2),
-    "single-pass step+backward": (Sublayer.single_pass_step_backward, 5 * NUM_STREAMS + 5),
+    "single-pass step+backward": (Sublayer.single_pass_step_backward, 6 * NUM_STREAMS + 5),
 }
 
 

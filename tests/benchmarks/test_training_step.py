@@ -10,7 +10,14 @@ import torch
 
 from benchmarks import training_step
 from benchmarks.training_models import NAMES, build, flop_per_token, plain_shape, size_of
-from benchmarks.training_profile import Kernel, format_profile, group_of_kernel, kernels_of
+from benchmarks.training_profile import (
+    Kernel,
+    format_idle,
+    format_profile,
+    group_of_kernel,
+    idle_times,
+    kernels_of,
+)
 from benchmarks.training_step import cost_table, main, measure
 from model1 import presets
 from model1.errors import ConfigError
@@ -146,11 +153,29 @@ def test_kernels_are_counted_once_and_by_the_phase_that_launched_them() -> None:
     assert "sum" in format_profile(found, 1)
 
 
+def test_idle_is_what_no_kernel_covers() -> None:
+    on_gpu = {"device_type": DEVICES.CUDA}
+    events = [
+        event("c", 30, 40, 0, **on_gpu),
+        event("a", 0, 20, 0, **on_gpu),
+        event("b", 5, 10, 0, **on_gpu),
+        event("d", 41, 42, 0, **on_gpu),
+        event("aten::mm", 50, 60, 1),
+    ]
+    gaps = idle_times(events)
+    assert gaps == [(pytest.approx(0.010), "a", "c"), (pytest.approx(0.001), "c", "d")]
+    assert "idle 0.01 ms of a step" in format_idle(gaps, 1)
+    assert idle_times([]) == []
+
+
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [
         ("triton_tem_fused_flex_attention_backward_1", "attention"),
-        ("_mhc_write_back_bwd_kernel", "hyper-connections"),
+        ("_write_back_bwd_kernel", "hyper-connections"),
+        ("_seam_bwd_kernel", "hyper-connections"),
+        ("_head_kernel", "hyper-connections"),
+        ("_single_pass_fwd_kernel", "hyper-connections"),
         ("_engram_gate_fwd_kernel", "Engram"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
         ("triton_poi_fused_cat_mul_silu_3", "norms, rope, gates, sums (fused)"),

@@ -39,6 +39,8 @@ IN_STREAM_DTYPE = ("first", "written", "u", "d_x", "d_y")
 SHAPES = [  # t, n, c, dtype
     (1, 4, 64, BF16),
     (33, 4, 192, BF16),
+    (3, 1, 64, BF16),
+    (129, 3, 64, BF16),
     (3, 2, 320, BF16),
     (2, 4, 64, FP32),
     (3, 2, 64, FP16),
@@ -214,8 +216,9 @@ def test_streams_and_arguments_may_lie_anywhere() -> None:
     assert all(map(torch.equal, got, want))
 
 
-def test_the_operators_describe_themselves_to_pytorch() -> None:
-    inputs = make_inputs(1, 1, 64)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_operators_describe_themselves_to_pytorch(dtype: torch.dtype) -> None:
+    inputs = make_inputs(1, 1, 64, dtype)
     x, y, pre, post, comb, phi, scale, bias, weight = (inputs[k].requires_grad_() for k in NAMES)
     ops = torch.ops.model1
     for backend in ("triton", "ref"):
@@ -246,8 +249,9 @@ def test_gradients_of_the_reference_operators_are_those_of_autograd() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_one_graph_under_torch_compile() -> None:
-    inputs = make_inputs(1, 1, 64)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_one_graph_under_torch_compile(dtype: torch.dtype) -> None:
+    inputs = make_inputs(1, 1, 64, dtype)
 
     def step(**tensors: Tensor) -> Tensor:
         parts = seam({name: 2 * x for name, x in tensors.items()}, "triton")
@@ -286,8 +290,30 @@ def test_what_kernels_do_not_take_is_refused() -> None:
 
 
 def test_the_parts_of_a_seam_are_named() -> None:
-    inputs = make_inputs(1, 2, 64)
-    arguments = [inputs[name] for name in ("x", "y", "post", "comb", "phi", "scale", "bias")]
-    got = mhc_seam(*arguments, inputs["weight"], **OPTIONS, backend="triton")
+    inputs = make_inputs(3, 2, 64)
+    got = mhc_seam(
+        *(inputs[name] for name in ("x", "y", "post", "comb", "phi", "scale", "bias", "weight")),
+        **OPTIONS, backend="triton",
+    )  # fmt: skip
     assert isinstance(got, MhcSeam)
-    assert got.comb.shape == (1, 2, 2)
+    want = unfused(inputs, "triton")[1:]
+    assert all(map(torch.equal, (got.x, got.u, got.post, got.comb), want))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_gradients_of_what_a_sublayer_starts_from_may_be_missing(dtype: torch.dtype) -> None:
+    inputs = make_inputs(3, 4, 64, dtype)
+    leaves = [inputs[name].requires_grad_() for name in ENTERING]
+    passed, *start = mhc_enter(*leaves, **OPTIONS, backend="triton")
+    grads = [torch.randn_like(part) for part in start]
+    of_x = torch.randn_like(passed)
+    (alone,) = torch.autograd.grad(passed, leaves[:1], of_x, retain_graph=True)
+    assert torch.equal(alone, of_x)
+    both = torch.autograd.grad([passed, *start], leaves, [of_x, *grads], retain_graph=True)
+    one = torch.autograd.grad(start, leaves, grads, retain_graph=True)
+    torch.testing.assert_close(both[0], one[0] + of_x, rtol=2e-2, atol=2e-2)
+    assert all(map(torch.equal, both[1:], one[1:]))
+    zeros = [grads[0], *map(torch.zeros_like, grads[1:])]
+    want = torch.autograd.grad(start, leaves, zeros, retain_graph=True)
+    got = torch.autograd.grad(start[:1], leaves, grads[:1])
+    assert all(map(torch.equal, got, want))

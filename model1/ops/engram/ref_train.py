@@ -19,7 +19,7 @@ def engram_row_adam_ref(
     lr: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     """See `model1.ops.engram.row_adam.row_adam_step`."""
-    touched = (grads != 0).any(dim=1)
+    touched = (grads != 0).any(dim=1) & (rows >= 0)
     rows, grads = rows[touched], grads[touched]
     m, v, n = (x.index_select(0, rows) for x in (mean, square, steps))
     # tensors as weights: PyTorch rounds them to fp32 then, as it does the numbers

@@ -2,7 +2,8 @@
 # pyright: reportMissingParameterType=none, reportGeneralTypeIssues=none, reportCallIssue=none
 # pyright: reportArgumentType=none, reportAssignmentType=none, reportAttributeAccessIssue=none
 # pyright: reportOptionalMemberAccess=none, reportIndexIssue=none, reportOperatorIssue=none
-"""Attention over gathered keys on Hopper: one persistent program per SM and 64 heads.
+"""Attention over gathered keys on Hopper: one persistent program per SM and 64 heads,
+or up to 32 that lie on the columns of products.
 
 Two warp groups attend; one copies keys that are bf16, or two convert what a cache holds. Keys come
 in blocks of 64 tokens, two at a time, a and b. Warp group `attend_first` computes the scores of a

@@ -4,7 +4,8 @@
 
 writes a sublayer's result back, weighs the new streams and collapses them for the next sublayer.
 Forward the streams are read three times and written once; backward their own gradient, which three
-operators make and four need, is written nowhere. The first sublayer starts from `mhc_enter`.
+operators make and four need, is written nowhere in bf16 with up to four streams. The first sublayer
+starts from `mhc_enter`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Triton kernels for two sublayers' seam, backward.
+"""Triton kernel for the gradient of collapse and norm: see `model1.ops.mhc.chain`.
 
-The gradient of the collapse walks over the tokens of its program and adds up that of the norm's
-weight. A token takes six sums over all its threads, one after another; meanwhile the next one's
-streams arrive in shared memory. That of the write-back first adds to the streams' gradient what
-comes from the coefficients, a matrix of rank n*n + 2n and a multiple of the stream, and then is the
-unfused one: both at once need a product's layout and a load's at the same time, and Triton 3.6 runs
-out of registers.
+Whole, or only what sums over all channels of a token, for kernels that make the streams' gradient
+themselves. A program walks over its tokens, each in registers from its one load to its stores, and
+adds up the gradient of the norm's weight. A token's sums are taken at once: what the norm's
+gradient subtracts is linear in them.
 """
 # Kernel parameters are pointers and run-time numbers, which have no Python type, and loops over
 # tl.static_range exist only when compiled.
@@ -15,7 +13,6 @@ out of registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,21 +32,12 @@ from model1.ops.mhc.portable_chain import row_launch
 from model1.ops.mhc.portable_streams import LOAD_BYTES, NARROW, numbers, run_sum, tiles
 from model1.ops.rounding import round_to
 
-
-@dataclass(frozen=True)
-class RowConfig:
-    """How the collapse's gradient is cut: num_stages - 1 tiles of a program are on their way."""
-
-    channels_per_thread: int
-    num_stages: int
-    programs_per_sm: int  # that run at once
-
-
-# With 8192 tokens of 4 x 4096 on an H200, 2026-12-01: 270 us, and 134 without the streams'
-# gradient; with 8 channels a thread, two stages and a program an SM 322 and 251, with 3 stages 253
-# and 195; with 32 channels and two stages 242 and 137, but then registers spill on sm_120.
-ROWS = RowConfig(channels_per_thread=16, num_stages=1, programs_per_sm=4)
-SCRATCH_BYTES = 17 << 10  # of shared memory, for sums
+# Of a thread of a program that holds a token over all its warps. With 8192 tokens of 4 x 4096 on an
+# H200, 2026-12-01: 270 us, and 134 without the streams' gradient; with 8 channels, the next token
+# on its way and a program an SM 322 and 251; with 32 channels and that 242 and 137, but then
+# registers spill on sm_120.
+CHANNELS_PER_THREAD = 16
+PROGRAMS_PER_SM = 4
 # A warp that takes a whole token holds it in pieces of what one load of its threads brings. With
 # 65,536 tokens of 4 x 768: 8, 12, 14, 16, 20 and 24 programs an SM take 163, 143, 192, 179, 157 and
 # 146 us without the streams' gradient, 587, 450, 417, 402, 507 and 458 with it.
@@ -86,7 +74,6 @@ def _collapse_norm_bwd_kernel(
     d_x_ptr, d_pre_ptr, stats_ptr, d_weight_ptr, t, norm_eps,
     N: tl.constexpr, C: tl.constexpr, HAS_D_X: tl.constexpr, IS_PASSED: tl.constexpr,
     REGISTER: tl.constexpr, BLOCK_C: tl.constexpr, RUN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     # stats [t, 2]: one over the root mean square, and the part of the norm's gradient along its
     # result. d_weight [programs, C].
@@ -99,7 +86,7 @@ def _collapse_norm_bwd_kernel(
         d_weight += (tl.zeros((BLOCK_C,), tl.float32),)
         value = tl.load(weight_ptr + channel, mask=channel < C, other=0.0)
         weight += (value.to(tl.float32),)
-    for index in tl.range(tl.program_id(0), t, tl.num_programs(0), num_stages=STAGES):
+    for index in range(tl.program_id(0), t, tl.num_programs(0)):
         token = tl.cast(index, tl.int64)
         pre = numbers(pre_ptr + token * N, 0, 1, N)
         x, grad = (), ()
@@ -157,34 +144,34 @@ def _collapse_norm_bwd_kernel(
 
 def mhc_collapse_norm_backward_triton(
     grad: Tensor, passed: Tensor | None, x: Tensor, pre: Tensor, weight: Tensor, *,
-    norm_eps: float, config: RowConfig = ROWS,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, pre and weight from contiguous ones; see `mhc_collapse_norm_backward_ref`."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_pre, d_weight = _launch(grad, passed, x, pre, weight, d_x, norm_eps, config)
+    d_pre, d_weight = _launch(grad, passed, x, pre, weight, d_x, norm_eps)
     return d_x, d_pre, d_weight
 
 
 def collapse_gradient(
     grad: Tensor, x: Tensor, pre: Tensor, weight: Tensor, *,
-    norm_eps: float, config: RowConfig = ROWS,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre and weight; between them `stats`, [t, 2], which that of x is made with."""
     stats = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
-    d_pre, d_weight = _launch(grad, None, x, pre, weight, stats, norm_eps, config)
+    d_pre, d_weight = _launch(grad, None, x, pre, weight, stats, norm_eps)
     return d_pre, stats, d_weight
 
 
 def _launch(
     grad: Tensor, passed: Tensor | None, x: Tensor, pre: Tensor, weight: Tensor, result: Tensor,
-    norm_eps: float, config: RowConfig,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of pre and weight; result, d_x [t, n, c] or stats [t, 2], is written."""
     t, n, c = x.shape
     has_d_x = result.dim() == 3
     d_pre = torch.empty(t, n, dtype=torch.float32, device=x.device)
     constants, options, programs_per_sm = row_constants(
-        n, c, x.element_size(), config, device_target(x.device)
+        n, c, x.element_size(), device_target(x.device)
     )
     num_programs = min(t, programs_per_sm * num_sms(x.device))
     d_weight = torch.empty(num_programs, c, dtype=torch.float32, device=x.device)
@@ -202,32 +189,19 @@ def _launch(
 
 
 def row_constants(
-    n: int, c: int, element_bytes: int, config: RowConfig, target: KernelTarget
+    n: int, c: int, element_bytes: int, target: KernelTarget
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Constants, options and programs an SM of the collapse's gradient.
 
-    A program holds a token over all its warps, its stages as shared memory allows.
+    A program holds a token over all its warps or, of few channels, in one.
     """
-    run = LOAD_BYTES // element_bytes
-    kind = {"N": n, "C": c, "REGISTER": register_kind(target), "RUN": run}
+    constants: dict[str, Any] = {"N": n, "C": c, "RUN": LOAD_BYTES // element_bytes}
+    constants["REGISTER"] = register_kind(target)
     if c <= NARROW:
-        piece = max(32, min(PIECE, triton.next_power_of_2(c)))
-        constants = {"BLOCK_C": piece, "STAGES": 1}
-        return kind | constants, launch_options(1, 1), NARROW_PROGRAMS_PER_SM
-    constants, options = row_launch(n, c, config.channels_per_thread)
-    block_c = constants["BLOCK_C"]
-    token_bytes = (2 * n + 1) * block_c * element_bytes
-    free_bytes = shared_bytes(target) - SCRATCH_BYTES
-    stages = max(1, min(config.num_stages, 1 + free_bytes // token_bytes))
-    constants = {"BLOCK_C": block_c, "STAGES": stages}
-    return kind | constants, options, config.programs_per_sm
-
-
-def shared_bytes(target: KernelTarget) -> int:
-    """Shared memory that a program may take; 0 where copies to it do not pass by registers."""
-    if target.kind == "hip":
-        return 0
-    return {80: 166912, 90: 232448, 100: 232448}.get(int(target.arch), 101376)
+        constants["BLOCK_C"] = max(32, min(PIECE, triton.next_power_of_2(c)))
+        return constants, launch_options(1, 1), NARROW_PROGRAMS_PER_SM
+    sizes, options = row_launch(n, c, CHANNELS_PER_THREAD)
+    return constants | {"BLOCK_C": sizes["BLOCK_C"]}, options, PROGRAMS_PER_SM
 
 
 def register_kind(target: KernelTarget) -> str:
@@ -241,7 +215,7 @@ def shipped_kernels(target: KernelTarget) -> list[CompileCase]:
     """Gradients of four streams of 4096 channels, and of 768."""
     cases = []
     for c, size in ((SHIPPED[1], ""), (768, " of few channels")):
-        constants, options, _ = row_constants(SHIPPED[0], c, 2, ROWS, target)
+        constants, options, _ = row_constants(SHIPPED[0], c, 2, target)
         constants["REGISTER"] = register_kind(target)
         for name, has_d_x in (("collapse and norm backward", True), ("collapse's sums", False)):
             constants |= {"HAS_D_X": has_d_x, "IS_PASSED": has_d_x}

@@ -73,16 +73,14 @@ def _phi_bwd_kernel(
     tl.store(part + column[None, :] * (N * C) + channel[:, None], d_phi, mask=mask)
 
 
-def phi_gradient(
-    x: Tensor, phi: Tensor, d_product: Tensor, config: Config | None = None
-) -> Tensor:  # fmt: skip
+def phi_gradient(x: Tensor, phi: Tensor, d_product: Tensor) -> Tensor:
     """Gradient of phi from bf16 streams x [t, n, c], contiguous, and from that of their products.
 
     d_product: see `model1.ops.mhc.portable_backward.product_gradient`; as exact as fp32, for it
     goes in two parts of the streams' dtype.
     """
     t, n, c = x.shape
-    config = config or choose_phi_config(n, c)
+    config = choose_phi_config(n, c)
     blocks = -(-n * c // config.block_c)
     splits, tokens_per_split = token_splits(t, blocks, config, num_sms(x.device))
     d_phi = torch.empty(splits, *phi.shape, dtype=torch.float32, device=x.device)

@@ -32,6 +32,7 @@ from model1.ops.mhc.portable import (
 )
 from model1.ops.mhc.portable_backward import product_gradient, stream_gradient
 from model1.ops.mhc.portable_chain_backward import (
+    PIECE,
     collapse_gradient,
     mhc_collapse_norm_backward_triton,
     weighted,
@@ -47,9 +48,6 @@ from model1.ops.mhc.portable_streams import (
 from model1.ops.rounding import round_to
 
 FUSED_STREAMS = 4  # more have too many sums for a thread's registers
-
-
-PIECE = 256  # channels of one load of a warp
 
 
 @triton.jit
@@ -137,12 +135,12 @@ def mhc_enter_backward_triton(
     saved: Tensor, *, iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Those of `mhc_enter_backward_ref`, from contiguous gradients."""
-    x = x.contiguous()
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     if not is_fused(x):
         return _enter_in_parts(
-            (passed, d_u, d_post, d_comb), x, phi, scale, bias, weight, pre, saved, **options
+            passed, (d_u, d_post, d_comb), x, phi, scale, bias, weight, pre, saved, **options
         )
+    x = x.contiguous()
     given = torch.zeros_like(x) if passed is None else passed
     grads, *parameters = _through_coefficients(
         (given, d_u, d_post, d_comb), x, phi, scale, bias, weight, pre, saved, **options
@@ -163,7 +161,7 @@ def mhc_seam_backward_triton(
     options = {"iters": iters, "eps": eps, "norm_eps": norm_eps}
     parameters = out, phi, scale, bias, weight, pre, saved
     if not is_fused(out):
-        total, *rest = _enter_in_parts((d_out, d_u, d_post, d_comb), *parameters, **options)
+        total, *rest = _enter_in_parts(d_out, (d_u, d_post, d_comb), *parameters, **options)
         return *mhc_write_back_backward_triton(total, x, y, post, comb), *rest
     grads, *rest = _through_coefficients((d_out, d_u, d_post, d_comb), *parameters, **options)
     return *write_back_gradient(grads, x, y, post, comb, weight, out, pre), *rest
@@ -179,21 +177,19 @@ def _through_coefficients(
     grads = d_pre, d_post, d_comb
     product = product_gradient(grads, out, scale, bias, saved, iters=iters, eps=eps)
     d_phi = phi_gradient(out, phi, product.full)
-    # rounded on the way twice, as the result's own
+    # both factors and the product rounded on the way, as the result's own
     through = product.short @ phi.to(out.dtype)
     whole = SeamGradients(d_u, passed, stats, through, product.spread)
     return whole, d_phi, product.d_scale, product.d_bias, d_weight
 
 
 def _enter_in_parts(
-    grads: tuple[Tensor | None, ...], out: Tensor, phi: Tensor, scale: Tensor, bias: Tensor,
-    weight: Tensor, pre: Tensor, saved: Tensor, *, iters: int, eps: float, norm_eps: float,
+    passed: Tensor | None, grads: tuple[Tensor, Tensor, Tensor], out: Tensor, phi: Tensor,
+    scale: Tensor, bias: Tensor, weight: Tensor, pre: Tensor, saved: Tensor, *,
+    iters: int, eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the streams, phi, scale, bias and the norm, one operator after the other."""
-    passed, d_u, d_post, d_comb = grads
-    assert d_u is not None
-    assert d_post is not None
-    assert d_comb is not None
+    d_u, d_post, d_comb = grads
     total, d_pre, d_weight = mhc_collapse_norm_backward_triton(
         d_u, passed, out, pre, weight, norm_eps=norm_eps
     )

@@ -31,8 +31,9 @@ def mhc_write_back_collapse_norm(
     norm(v) = v / sqrt(mean(v**2) + norm_eps) * weight. x, x': [t, n, c] in any floating dtype;
     y, u': [t, c], the latter in the dtype of x; post, pre: [t, n]; comb: [t, n, n]; weight: [c].
 
-    x and y are read and both results written once: (2 n + 2) c numbers a token; backward, with the
-    gradients of both results, (3 n + 3) c. u' is of x' as it is stored, rounded to the dtype of x;
+    x and y are read and both results written once: (2 n + 2) c numbers a token; backward, where x'
+    and the gradients of both results are read too, (4 n + 3) c, and x' and the gradient of u' again
+    for the norm's sums. u' is of x' as it is stored, rounded to the dtype of x;
     else kernels compute in fp32 and round once, and x' has the bits of `mhc_write_back`. The
     reference rounds weights, and v, to the dtype of x first. Differentiable in all six tensors.
     Tokens, NaN, gradients, backends and errors as in `model1.ops.mhc.mhc_coefficients`.

@@ -56,7 +56,7 @@ _single_pass_backward.register_fake(lambda *args: like(*args[2:8]))
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.norm_eps, ctx.backend = inputs
-    ctx.set_materialize_grads(False)  # streams that nothing reads, as a model's last, cost nothing
+    ctx.set_materialize_grads(False)  # streams that nothing reads may have no gradient
     # the new streams too, which what reads them keeps anyway
     ctx.save_for_backward(*tensors, output[1])
 

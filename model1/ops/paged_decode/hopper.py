@@ -22,7 +22,6 @@ from model1.ops.hopper.launch import (
     FP8_OPTIONS,
     HEADS,
     SPILL_LIMIT_BYTES,
-    ProductRows,
     addressing,
     body_sizes,
     check_start,
@@ -57,13 +56,11 @@ def paged_decode_hopper(
     causal: bool,
     empty_lse: float,
     deterministic: bool,
-    product_rows: ProductRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.paged_decode.paged_decode`; for calls that `choice` does not refuse.
 
     Takes scratch memory of 257 KiB per SM, and copies queries whose strides or start a tensor map
-    cannot describe. deterministic: no request is split. product_rows: what the rows of matrix
-    products are, "keys" for up to 32 heads of all queries of a request.
+    cannot describe. deterministic: no request is split.
     """
     b, s_q, h, d = q.shape
     out = torch.empty(b, s_q, h, CHANNELS, dtype=q.dtype, device=q.device)
@@ -82,7 +79,7 @@ def paged_decode_hopper(
             folded, _cache(kv_cache, block_size), block_table, lists, sinks, folded_out, lse,
             softmax_scale * math.log2(math.e), empty_lse, deterministic, last_query=s_q - 1,
             heads_of_query=h, is_causal=causal and s_q > 1,
-            is_bf16=layout is None or layout.name == "bf16", product_rows=product_rows,
+            is_bf16=layout is None or layout.name == "bf16",
         )  # fmt: skip
     return out, lse
 
@@ -91,10 +88,10 @@ def _launch(
     q: Tensor, cache: tuple[Tensor, int, int, int, int, int], block_table: Tensor, lists: Lists,
     sinks: Tensor | None, out: Tensor, lse: Tensor, scale_log2: float, empty_lse: float,
     deterministic: bool, *, last_query: int, heads_of_query: int, is_causal: bool, is_bf16: bool,
-    product_rows: ProductRows | None,
+   
 ) -> None:  # fmt: skip
     b, _, heads, d = q.shape
-    sizes = body_sizes(is_bf16, product_rows, heads)
+    sizes = body_sizes(is_bf16, heads)
     group_heads = sizes["COLUMNS"] or HEADS
     groups = -(-heads // group_heads)
     num_programs = max(1, num_sms(q.device) // groups)

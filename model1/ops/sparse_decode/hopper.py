@@ -23,7 +23,6 @@ from model1.ops.hopper.launch import (
     HEADS,
     OVERLAPS,
     SPILL_LIMIT_BYTES,
-    ProductRows,
     addressing,
     body_sizes,
     check_start,
@@ -77,14 +76,12 @@ def sparse_decode_hopper(
     softmax_scale: float,
     empty_lse: float,
     deterministic: bool,
-    product_rows: ProductRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `model1.ops.sparse_decode.sparse_decode`; for calls that `choice` does not refuse, with
     caches that start at multiples of 16 bytes.
 
     Where rows are split it takes scratch memory of 257 KiB per SM. Queries whose strides or start
     a tensor map cannot describe are copied first. deterministic: no row is split.
-    product_rows: what the rows of matrix products are, "keys" for up to 32 heads.
     """
     b, s_q, h, _ = q.shape
     out = torch.empty(b, s_q, h, CHANNELS, dtype=q.dtype, device=q.device)
@@ -99,7 +96,6 @@ def sparse_decode_hopper(
             _launch(
                 q, main, extra, attn_sink, out, lse, scale_log2, empty_lse, deterministic,
                 has_rope=layout.d > CHANNELS, is_bf16=layout.name == "bf16",
-                product_rows=product_rows,
             )  # fmt: skip
     return out, lse
 
@@ -107,10 +103,10 @@ def sparse_decode_hopper(
 def _launch(
     q: Tensor, main: Scope, extra: Scope, attn_sink: Tensor | None, out: Tensor, lse: Tensor,
     scale_log2: float, empty_lse: float, deterministic: bool, *, has_rope: bool,
-    is_bf16: bool, product_rows: ProductRows | None,
+    is_bf16: bool,
 ) -> None:  # fmt: skip
     b, s_q, h, _ = q.shape
-    sizes = body_sizes(is_bf16, product_rows, h)
+    sizes = body_sizes(is_bf16, h)
     heads = sizes["COLUMNS"] or HEADS
     groups = -(-h // heads)
     num_programs = max(1, num_sms(q.device) // groups)

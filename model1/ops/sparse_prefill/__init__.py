@@ -79,7 +79,7 @@ def sparse_prefill(
     check_sink(q, attn_sink)
     name = SPARSE_PREFILL.resolve_call(
         backend, q.device, hopper_call_refusal(q.dtype, q.shape[2], value_dim, softmax_scale),
-        hopper_wins(q.shape[1]),
+        hopper_wins(q.shape[1], q.shape[2]),
     )  # fmt: skip
     return SparsePrefillResult(
         *torch.ops.model1.sparse_prefill(

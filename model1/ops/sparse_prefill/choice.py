@@ -24,20 +24,20 @@ def hopper_call_refusal(
 # Where it was seen to win, on an H200, 2026-12-01: 32, 64 and 128 heads, lists of 64 to 2,048
 # entries, 1 to 4,096 queries, in 0.52 to 0.71 of the portable kernel's time. With 16 heads, 512 of
 # a row's channels, 0.77 to 0.95 of it.
-_MIN_HEADS = 16
+_MIN_HEADS = {512: 16, 576: 32}
 
 
-def hopper_wins(h: int) -> bool:
-    """Whether it is the faster kernel for queries of h heads, however many there are."""
-    return h >= _MIN_HEADS
+def hopper_wins(h: int, d: int) -> bool:
+    """Whether it is the faster kernel for h heads of d channels, however many queries there are."""
+    return d in _MIN_HEADS and h >= _MIN_HEADS[d]
 
 
 # Its backward, on an H200, 2026-12-01: 64 and 128 heads, 4,096 queries with lists of 2,048 of 8,192
 # keys, in 0.77 to 0.79 of the portable kernel's time with rows of 512 channels, in 0.38 of it with
-# 576. Fewer heads are not measured.
+# 576. Fewer heads and deterministic calls are not measured.
 _MIN_BACKWARD_HEADS = 64
 
 
-def hopper_backward_wins(h: int) -> bool:
+def hopper_backward_wins(h: int, deterministic: bool) -> bool:
     """Whether its backward is the faster one for queries of h heads, however many there are."""
-    return h >= _MIN_BACKWARD_HEADS
+    return h >= _MIN_BACKWARD_HEADS and not deterministic

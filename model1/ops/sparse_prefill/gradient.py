@@ -64,7 +64,7 @@ def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     name = SPARSE_PREFILL_BACKWARD.resolve_call(
         asked, dout.device,
         hopper_call_refusal(q.dtype, q.shape[2], out.shape[2], softmax_scale),
-        hopper_backward_wins(q.shape[1]),
+        hopper_backward_wins(q.shape[1], deterministic),
     )  # fmt: skip
     dq, dkv, dsink = torch.ops.model1.sparse_prefill_backward(
         dout, *ctx.saved_tensors, softmax_scale, deterministic, name

@@ -14,7 +14,6 @@ from model1.ops.hopper.launch import (
     BF16_OPTIONS,
     CHANNELS,
     HEADS,
-    ProductRows,
     addressing,
     body_sizes,
     compile_case,
@@ -38,15 +37,13 @@ def sparse_prefill_hopper(
     softmax_scale: float,
     empty_lse: float,
     deterministic: bool,
-    product_rows: ProductRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `model1.ops.sparse_prefill.sparse_prefill`; for calls that `choice` does not refuse.
 
     A row's bits depend on its own valid entries alone, with `deterministic` and without: no list is
     split, and a block without a valid entry changes nothing. Queries whose strides or start a
     tensor map cannot describe are copied first, and so are keys whose rows do not start at
-    multiples of 16 bytes. product_rows: what the rows of matrix products are, "keys" for up to 32
-    heads.
+    multiples of 16 bytes.
     """
     t, h, _ = q.shape
     out = torch.empty(t, h, value_dim, dtype=q.dtype, device=q.device)
@@ -54,7 +51,7 @@ def sparse_prefill_hopper(
     lse = torch.empty(t, h, dtype=torch.float32, device=q.device)
     if t == 0:
         return out, max_logits, lse
-    sizes = body_sizes(True, product_rows, h)
+    sizes = body_sizes(True, h)
     heads = sizes["COLUMNS"] or HEADS
     groups = -(-h // heads)
     num_programs = max(1, num_sms(q.device) // groups)

@@ -25,7 +25,7 @@ def _sparse_attn_fwd_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, IS_BF16: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """One program per SM and 64 heads; a query is a request of one query, a key a block of one."""
+    """One program per SM and 64 heads, or COLUMNS; a query is a request, a key a block of one."""
     attend_items(
         q_desc, rope_desc, out_desc, lse_ptr, max_ptr, lse_ptr, lse_ptr, sink_ptr,
         items_ptr, item_stride,
