@@ -138,8 +138,7 @@ class MhcConfig:
     hc_sinkhorn_iters: int
     hc_eps: float
     res_init: float  # tau: the residual mixing logits start at tau * I
-    # each collapse takes the weights of the sublayer before it, and the exit has none of its own
-    # a default, unlike the others: checkpoints from before the option exist
+    # collapses take the weights of the sublayer before, the exit too; a default, for old files
     single_pass: bool = False
 
     def __post_init__(self) -> None:

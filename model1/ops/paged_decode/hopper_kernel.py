@@ -25,7 +25,7 @@ def _flash_fwd_splitkv_mla_kernel(
     IS_CAUSAL: gl.constexpr, IS_BF16: gl.constexpr, COLUMNS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program per SM and 64 heads, or COLUMNS; a request's queries are one with all their heads.
+    """One program per SM and 64 heads, or COLUMNS; a request's queries are one with all heads.
 
     With IS_CAUSAL 64 heads belong to one of the queries 0 to last_query, heads_of_query each.
     """
