@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model1.testing.compare import assert_close_rows
+
 MARKS = [
     pytest.mark.triton,
     pytest.mark.any_device,
@@ -68,6 +70,51 @@ def run_with_gradients(
     torch.manual_seed(2)
     grads = [torch.randn(r.shape).to(r.device, inputs["x"].dtype).to(r.dtype) for r in results]
     return [*results, *torch.autograd.grad(results, list(leaves.values()), grads)]
+
+
+def assert_follow_the_formula(
+    results: dict[str, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, *,
+    of_streams: Sequence[str], exact: Sequence[str] = (), few: Sequence[str] = (),
+    noise: dict[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Fail unless each result, the plain formula in `dtype` and in fp64 are as near as they can be.
+
+    of_streams: have the dtype of the streams, the others fp32. exact: near fp32 whatever the
+    streams are. few: so few numbers that a row of the baseline may be right by luck. noise: of
+    single results in place of the usual.
+    """
+    for name, (out, base, want) in results.items():
+        assert out.dtype == (dtype if name in of_streams else FP32), name
+        if name in few or out.dim() == 1:
+            out, base, want = (tensor.reshape(1, -1) for tensor in (out, base, want))
+        base = want if name in exact or dtype == FP32 else base
+        # terms of a row of phi's gradient may cancel: fp32 rounds them at their own size
+        usual = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
+        allowed = (noise or {}).get(name, usual)
+        try:
+            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=allowed)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+def assert_same_bits_in_one_graph(
+    run: Callable[[dict[str, Tensor], str], list[Tensor]], inputs: dict[str, Tensor]
+) -> None:
+    """Fail unless gradients through the kernels are the same where PyTorch compiles the caller."""
+
+    def step(**tensors: Tensor) -> Tensor:
+        parts = run({name: 2 * x for name, x in tensors.items()}, "triton")
+        return torch.stack([part.square().sum() for part in parts]).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (step, compiled):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        function(**leaves).backward()
+        grads.append([leaf.grad for leaf in leaves.values()])
+    for want, got in zip(*grads, strict=True):
+        assert want is not None
+        assert torch.equal(want, got)
 
 
 def far_apart(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from mhc_cases import (
     GPU_SHAPES,
     MARKS,
     OPTIONS,
+    assert_follow_the_formula,
+    assert_same_bits_in_one_graph,
     far_apart,
     run_with_gradients,
 )
@@ -27,7 +29,6 @@ from model1.errors import BackendUnavailable
 from model1.ops.mhc import mhc_coefficients, mhc_collapse, mhc_write_back
 from model1.ops.mhc.chain import MhcSeam, mhc_collapse_norm, mhc_enter, mhc_seam
 from model1.ops.norm import rms_norm
-from model1.testing.compare import assert_close_rows
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
@@ -99,18 +100,11 @@ def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype], run: An
     first = results.index("post")
     expected[first : first + 2] = baseline[first : first + 2] = of_stored[1:]
     names = (*results, *(f"d_{name}" for name in inputs))
-    for name, out, base, want in zip(names, got, baseline, expected, strict=True):
-        assert out.dtype == (dtype if name in IN_STREAM_DTYPE else FP32)
-        if name[2:] in ("pre", "post", "comb", "scale", "bias", "weight"):
-            # so few numbers that a row of the baseline may be right by luck
-            out, base, want = (tensor.reshape(1, -1) for tensor in (out, base, want))
-        base = want if dtype == FP32 else base
-        # terms of a row of phi's gradient may cancel: fp32 rounds them at their own size
-        noise = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
-        try:
-            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=noise)
-        except AssertionError as error:
-            raise AssertionError(f"{name} of {shape}") from error
+    few = [f"d_{name}" for name in ("pre", "post", "comb", "scale", "bias", "weight")]
+    assert_follow_the_formula(
+        dict(zip(names, zip(got, baseline, expected, strict=True), strict=True)), dtype,
+        of_streams=IN_STREAM_DTYPE, few=few,
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs larger shapes")
@@ -251,21 +245,7 @@ def test_gradients_of_the_reference_operators_are_those_of_autograd() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_one_graph_under_torch_compile(dtype: torch.dtype) -> None:
-    inputs = make_inputs(1, 1, 64, dtype)
-
-    def step(**tensors: Tensor) -> Tensor:
-        parts = seam({name: 2 * x for name, x in tensors.items()}, "triton")
-        return torch.stack([part.square().sum() for part in parts]).sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    grads = []
-    for run in (step, compiled):
-        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        run(**leaves).backward()
-        grads.append([leaf.grad for leaf in leaves.values()])
-    for want, got in zip(*grads, strict=True):
-        assert want is not None
-        assert torch.equal(want, got)
+    assert_same_bits_in_one_graph(seam, make_inputs(1, 1, 64, dtype))
 
 
 def test_what_kernels_do_not_take_is_refused() -> None:

@@ -9,13 +9,23 @@ from typing import Any
 import mhc_cases
 import pytest
 import torch
-from mhc_cases import BF16, DEVICE, FP16, FP32, GPU_SHAPES, MARKS, far_apart, run_with_gradients
+from mhc_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    GPU_SHAPES,
+    MARKS,
+    assert_follow_the_formula,
+    assert_same_bits_in_one_graph,
+    far_apart,
+    run_with_gradients,
+)
 from oracles import double_precision
 from torch import Tensor
 
 from model1.errors import BackendUnavailable
 from model1.ops.mhc import mhc_head
-from model1.testing.compare import assert_close_rows
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
@@ -54,20 +64,12 @@ def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None
     with double_precision():
         expected = with_gradients(inputs, "ref", torch.float64)
     names = ("pre", *(f"d_{name}" for name in NAMES))
-    for name, out, base, want in zip(names, got, baseline, expected, strict=True):
-        assert out.dtype == (dtype if name == "d_x" else FP32)
-        # the weights are near fp32 whatever the streams are; so is all that is fp32
-        base = want if name == "pre" or dtype == FP32 else base
-        if out.dim() == 1:
-            out, base, want = out[None], base[None], want[None]
-        # terms of a sum over tokens may cancel: fp32 rounds them at their own size
-        noise = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
-        if name in ("d_scale", "d_bias"):  # so few that the baseline may be right by luck
-            noise = 1e-5 * math.sqrt(shape[0])
-        try:
-            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=noise)
-        except AssertionError as error:
-            raise AssertionError(f"{name} of {shape}") from error
+    # of the last two so few that the baseline may be right by luck
+    noise = dict.fromkeys(("d_scale", "d_bias"), 1e-5 * math.sqrt(shape[0]))
+    assert_follow_the_formula(
+        dict(zip(names, zip(got, baseline, expected, strict=True), strict=True)), dtype,
+        of_streams=("d_x",), exact=("pre",), noise=noise,
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs larger shapes")
@@ -162,20 +164,7 @@ def test_gradients_of_the_reference_operator_are_those_of_autograd() -> None:
 
 
 def test_one_graph_under_torch_compile() -> None:
-    inputs = make_inputs(3, 2, 64)
-
-    def step(**tensors: Tensor) -> Tensor:
-        return head({name: 2 * x for name, x in tensors.items()}, "triton")[0].square().sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    grads = []
-    for run in (step, compiled):
-        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        run(**leaves).backward()
-        grads.append([leaf.grad for leaf in leaves.values()])
-    for want, got in zip(*grads, strict=True):
-        assert want is not None
-        assert torch.equal(want, got)
+    assert_same_bits_in_one_graph(head, make_inputs(3, 2, 64))
 
 
 def test_what_kernels_do_not_take_is_refused() -> None:

@@ -17,6 +17,8 @@ from mhc_cases import (
     GPU_SHAPES,
     MARKS,
     OPTIONS,
+    assert_follow_the_formula,
+    assert_same_bits_in_one_graph,
     far_apart,
     run_with_gradients,
 )
@@ -69,19 +71,10 @@ def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None
     got, expected = with_gradients(inputs, "triton"), in_float64(inputs)
     baseline = with_gradients(inputs, "ref", dtype)
     names = ("pre", "post", "comb", "collapsed", "written", *(f"d_{name}" for name in NAMES))
-    for name, out, base, want in zip(names, got, baseline, expected, strict=True):
-        is_coefficient = name in ("pre", "post", "comb")
-        assert out.dtype == (FP32 if is_coefficient or name[2:] in NAMES[1:4] else dtype)
-        if out.dim() == 1:
-            out, base, want = out[None], base[None], want[None]
-        # the coefficients are near fp32 whatever the streams are; so is all that is fp32
-        base = want if is_coefficient or dtype == FP32 else base
-        # terms of a row of phi's gradient may cancel: fp32 rounds them at their own size
-        noise = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
-        try:
-            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=noise)
-        except AssertionError as error:
-            raise AssertionError(f"{name} of {shape}") from error
+    assert_follow_the_formula(
+        dict(zip(names, zip(got, baseline, expected, strict=True), strict=True)), dtype,
+        of_streams=("collapsed", "written", "d_x", "d_y"), exact=("pre", "post", "comb"),
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs larger shapes")
@@ -223,21 +216,7 @@ def test_gradients_of_the_reference_operators_are_those_of_autograd() -> None:
 
 
 def test_one_graph_under_torch_compile() -> None:
-    inputs = make_inputs(1, 1, 64)
-
-    def step(**tensors: Tensor) -> Tensor:
-        parts = sublayer({name: 2 * x for name, x in tensors.items()}, "triton")
-        return torch.stack([part.square().sum() for part in parts]).sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    grads = []
-    for run in (step, compiled):
-        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        run(**leaves).backward()
-        grads.append([leaf.grad for leaf in leaves.values()])
-    for want, got in zip(*grads, strict=True):
-        assert want is not None
-        assert torch.equal(want, got)
+    assert_same_bits_in_one_graph(sublayer, make_inputs(1, 1, 64))
 
 
 def test_what_kernels_do_not_take_is_refused() -> None:

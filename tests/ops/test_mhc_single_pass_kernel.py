@@ -9,7 +9,18 @@ from typing import Any
 import mhc_cases
 import pytest
 import torch
-from mhc_cases import BF16, DEVICE, FP16, FP32, GPU_SHAPES, MARKS, far_apart, run_with_gradients
+from mhc_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    GPU_SHAPES,
+    MARKS,
+    assert_follow_the_formula,
+    assert_same_bits_in_one_graph,
+    far_apart,
+    run_with_gradients,
+)
 from oracles import assert_near, double_precision
 from torch import Tensor
 
@@ -17,7 +28,6 @@ from model1.errors import BackendUnavailable
 from model1.ops.mhc import mhc_write_back
 from model1.ops.mhc.chain import mhc_collapse_norm
 from model1.ops.mhc.single_pass import mhc_write_back_collapse_norm
-from model1.testing.compare import assert_close_rows
 
 pytest.importorskip("triton", reason="needs Triton: `make test` installs it on Linux x86_64")
 
@@ -68,16 +78,10 @@ def assert_follows_the_formula(shape: tuple[int, int, int, torch.dtype]) -> None
     with double_precision():
         expected = with_gradients(inputs, "ref", torch.float64)
     names = ("u", "written", *(f"d_{name}" for name in NAMES))
-    for name, out, base, want in zip(names, got, baseline, expected, strict=True):
-        assert out.dtype == (dtype if name in ("u", "written", "d_x", "d_y") else FP32)
-        if name[2:] in NAMES[2:]:  # so few numbers that a row of the baseline may be right by luck
-            out, base, want = (tensor.reshape(1, -1) for tensor in (out, base, want))
-        base = want if dtype == FP32 else base
-        noise = 1e-6 * want.norm(dim=-1).max().item() if dtype == FP32 else 0.0
-        try:
-            assert_close_rows(out.detach(), base.detach(), want.detach(), noise=noise)
-        except AssertionError as error:
-            raise AssertionError(f"{name} of {shape}") from error
+    assert_follow_the_formula(
+        dict(zip(names, zip(got, baseline, expected, strict=True), strict=True)), dtype,
+        of_streams=("u", "written", "d_x", "d_y"), few=[f"d_{name}" for name in NAMES[2:]],
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU runs larger shapes")
@@ -217,21 +221,7 @@ def test_gradients_of_the_reference_operator_are_those_of_autograd() -> None:
 
 
 def test_one_graph_under_torch_compile() -> None:
-    inputs = make_inputs(1, 2, 64)
-
-    def step(**tensors: Tensor) -> Tensor:
-        parts = one_pass({name: 2 * x for name, x in tensors.items()}, "triton")
-        return torch.stack([part.square().sum() for part in parts]).sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    grads = []
-    for run in (step, compiled):
-        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-        run(**leaves).backward()
-        grads.append([leaf.grad for leaf in leaves.values()])
-    for want, got in zip(*grads, strict=True):
-        assert want is not None
-        assert torch.equal(want, got)
+    assert_same_bits_in_one_graph(one_pass, make_inputs(1, 2, 64))
 
 
 def test_what_kernels_do_not_take_is_refused() -> None:

@@ -49,11 +49,12 @@ def out_layout():
 
 
 @gluon.jit
-def _fetch_queries(
+def fetch_queries(
     q_desc, rope_desc, request, query, group, q_low, q_high, q_rope, q_ready, is_wanted,
     HAS_ROPE: gl.constexpr,
 ):  # fmt: skip
-    """64 heads of a row, by the copy engine."""
+    """As many heads of a row as the tiles have, by the copy engine; zeros where none are."""
+    HEADS: gl.constexpr = q_low.shape[1]
     TILE: gl.constexpr = tile_layout(4)
     CHANNELS: gl.constexpr = 2 * HALF + ROPE if HAS_ROPE else 2 * HALF
     mbarrier.expect(q_ready, HEADS * CHANNELS * 2, pred=is_wanted)
@@ -70,6 +71,28 @@ def _fetch_queries(
         q_desc, [request, query, group * HEADS, HALF], q_ready,
         q_high.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
     )  # fmt: skip
+
+
+@gluon.jit
+def with_sink(weight, total, lse, sink_ptr, head, h):
+    """What results are multiplied with, the sinks of their heads counted in where there are any."""
+    if sink_ptr.dtype.is_ptr():
+        sink = gl.load(sink_ptr + head, mask=head < h, other=0.0)
+        weight = weight / (1.0 + gl.exp2(sink * _LOG2_E - lse))
+        weight = gl.where(total == 0.0, 0.0, weight)
+    return weight
+
+
+@gluon.jit
+def store_lse(lse, largest, total, head, request, query, h, s_q, empty_lse, lse_ptr, max_ptr):
+    """Write an item's lse and, where it is wanted, its largest logits."""
+    lse_at = (request.to(gl.int64) * s_q + query) * h + head
+    natural = gl.where(total == 0.0, empty_lse, lse * _LN_2)
+    gl.store(lse_ptr + lse_at, natural, mask=head < h)
+    if max_ptr.dtype.is_ptr():
+        # a maximum passes over a NaN
+        logit = gl.where(total == total, largest * _LN_2, total)
+        gl.store(max_ptr + lse_at, logit, mask=head < h)
 
 
 @gluon.jit
@@ -94,11 +117,7 @@ def _finish(
     lse, weight = log2_sum(largest, total)
     row = gl.arange(0, HEADS, layout=ROW)
     if slot < 0:
-        if sink_ptr.dtype.is_ptr():
-            head = group * HEADS + row
-            sink = gl.load(sink_ptr + head, mask=head < h, other=0.0)
-            weight = weight / (1.0 + gl.exp2(sink * _LOG2_E - lse))
-            weight = gl.where(total == 0.0, 0.0, weight)
+        weight = with_sink(weight, total, lse, sink_ptr, group * HEADS + row, h)
         out = acc * gl.convert_layout(weight, gl.SliceLayout(1, O))[:, None]
         store_tile.store(out.to(gl.bfloat16))
         fence_async_shared()
@@ -108,14 +127,10 @@ def _finish(
             store_tile._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], tile_layout(4)),
         )  # fmt: skip
         if SIDE == 0:
-            head = group * HEADS + row
-            lse_at = (request.to(gl.int64) * s_q + query) * h + head
-            natural = gl.where(total == 0.0, empty_lse, lse * _LN_2)
-            gl.store(lse_ptr + lse_at, natural, mask=head < h)
-            if max_ptr.dtype.is_ptr():
-                # a maximum passes over a NaN
-                logit = gl.where(total == total, largest * _LN_2, total)
-                gl.store(max_ptr + lse_at, logit, mask=head < h)
+            store_lse(
+                lse, largest, total, group * HEADS + row, request, query, h, s_q, empty_lse,
+                lse_ptr, max_ptr,
+            )  # fmt: skip
     else:
         part = slot.to(gl.int64) * groups + group
         channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, O)) + SIDE * HALF
@@ -163,7 +178,7 @@ def attend_first(
     num_items = items[7]
     num_pairs, is_storing = 0, 0
     next_request, next_query = item_field(items, 1, 0), item_field(items, 1, 1)
-    _fetch_queries(
+    fetch_queries(
         q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
         num_items > 0, HAS_ROPE,
     )  # fmt: skip
@@ -205,7 +220,7 @@ def attend_first(
             fence_async_shared()
             # both warp groups have their last scores: nobody reads the queries any more
             is_last = (i == num_blocks - 2) & (item < num_items)
-            _fetch_queries(
+            fetch_queries(
                 q_desc, rope_desc, next_request, next_query, group, q_low, q_high, q_rope, q_ready,
                 is_last, HAS_ROPE,
             )  # fmt: skip

@@ -23,14 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from model1.ops.hopper.attend import HALF, ROPE, tile_layout
+from model1.ops.hopper.attend import HALF, fetch_queries, store_lse, tile_layout, with_sink
 from model1.ops.hopper.items import item_field
 from model1.ops.hopper.softmax import add_scores, first_scores, log2_sum
 
 _ROWS = gl.constexpr(64)  # heads that a partial result has room for
 _BLOCK = gl.constexpr(64)  # keys
-_LN_2 = gl.constexpr(0.6931471805599453)
-_LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.constexpr_function
@@ -46,31 +44,6 @@ def softmax_columns(scores, largest, scale_log2):
     # a head that has seen no key must not compute inf - inf
     shift = gl.where(new_largest == float("-inf"), 0.0, new_largest)
     return gl.exp2(scores * scale_log2 - shift[None, :]), gl.exp2(largest - shift), new_largest
-
-
-@gluon.jit
-def _fetch_queries(
-    q_desc, rope_desc, request, query, group, tiles, q_ready, is_wanted, HAS_ROPE: gl.constexpr,
-):  # fmt: skip
-    """The heads of a row, by the copy engine; zeros for those that do not exist."""
-    q_low, q_high, q_rope = tiles[0], tiles[1], tiles[2]
-    HEADS: gl.constexpr = q_low.shape[1]
-    TILE: gl.constexpr = tile_layout(4)
-    CHANNELS: gl.constexpr = 2 * HALF + ROPE if HAS_ROPE else 2 * HALF
-    mbarrier.expect(q_ready, HEADS * CHANNELS * 2, pred=is_wanted)
-    if HAS_ROPE:
-        tma.async_copy_global_to_shared(
-            rope_desc, [request, query, group * HEADS, 2 * HALF], q_ready,
-            q_rope.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, ROPE], TILE), pred=is_wanted,
-        )  # fmt: skip
-    tma.async_copy_global_to_shared(
-        q_desc, [request, query, group * HEADS, 0], q_ready,
-        q_low.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
-    )  # fmt: skip
-    tma.async_copy_global_to_shared(
-        q_desc, [request, query, group * HEADS, HALF], q_ready,
-        q_high.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], TILE), pred=is_wanted,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -141,10 +114,7 @@ def _finish(
     column = gl.arange(0, HEADS, layout=HEAD)
     head = group * HEADS + column
     if slot < 0:
-        if sink_ptr.dtype.is_ptr():
-            sink = gl.load(sink_ptr + head, mask=head < h, other=0.0)
-            weight = weight / (1.0 + gl.exp2(sink * _LOG2_E - lse))
-            weight = gl.where(total == 0.0, 0.0, weight)
+        weight = with_sink(weight, total, lse, sink_ptr, head, h)
         out_tile.index(0).permute((1, 0)).store((acc * weight[None, :]).to(gl.bfloat16))
         fence_async_shared()
         gl.thread_barrier()
@@ -153,13 +123,9 @@ def _finish(
             out_tile.index(0)._reinterpret(gl.bfloat16, [1, 1, HEADS, HALF], tile_layout(4)),
         )  # fmt: skip
         if SIDE == 0:
-            lse_at = (request.to(gl.int64) * s_q + query) * h + head
-            natural = gl.where(total == 0.0, empty_lse, lse * _LN_2)
-            gl.store(lse_ptr + lse_at, natural, mask=head < h)
-            if max_ptr.dtype.is_ptr():
-                # a maximum passes over a NaN
-                logit = gl.where(total == total, largest * _LN_2, total)
-                gl.store(max_ptr + lse_at, logit, mask=head < h)
+            store_lse(
+                lse, largest, total, head, request, query, h, s_q, empty_lse, lse_ptr, max_ptr
+            )
     else:
         part = slot.to(gl.int64) * groups + group
         channel = gl.arange(0, HALF, layout=gl.SliceLayout(1, L)) + SIDE * HALF
@@ -188,9 +154,10 @@ def attend_first_few(
     num_items = items[7]
     num_pairs = 0
     next_request, next_query = item_field(items, 1, 0), item_field(items, 1, 1)
-    _fetch_queries(
-        q_desc, rope_desc, next_request, next_query, group, tiles, q_ready, num_items > 0, HAS_ROPE
-    )
+    fetch_queries(
+        q_desc, rope_desc, next_request, next_query, group, tiles[0], tiles[1], tiles[2], q_ready,
+        num_items > 0, HAS_ROPE,
+    )  # fmt: skip
     for item in range(1, num_items + 1):
         request, query = next_request, next_query
         next_request = item_field(items, item + 1, 0)
@@ -218,9 +185,9 @@ def attend_first_few(
             fence_async_shared()
             # both warp groups have their last scores: nobody reads the queries any more
             is_last = (i == num_blocks - 2) & (item < num_items)
-            _fetch_queries(
-                q_desc, rope_desc, next_request, next_query, group, tiles, q_ready, is_last,
-                HAS_ROPE,
+            fetch_queries(
+                q_desc, rope_desc, next_request, next_query, group, tiles[0], tiles[1], tiles[2],
+                q_ready, is_last, HAS_ROPE,
             )  # fmt: skip
             decay = decays.index(1).load(HEAD)
             largest = maxima.index(1).load(HEAD)

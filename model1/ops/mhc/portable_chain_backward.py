@@ -29,7 +29,14 @@ from model1.ops.mhc.portable import (
     with_adjacent_channels,
 )
 from model1.ops.mhc.portable_chain import row_launch
-from model1.ops.mhc.portable_streams import LOAD_BYTES, NARROW, numbers, run_sum, tiles
+from model1.ops.mhc.portable_streams import (
+    LOAD_BYTES,
+    NARROW,
+    numbers,
+    run_sum,
+    tiles,
+    weighted_sum,
+)
 from model1.ops.rounding import round_to
 
 # Of a thread of a program that holds a token over all its warps. With 8192 tokens of 4 x 4096 on an
@@ -57,15 +64,6 @@ def pinned(x, REGISTER: tl.constexpr):
         "", "=" + REGISTER + ",0", [x], dtype=x.dtype, is_pure=False,
         pack=32 // x.dtype.primitive_bitwidth,
     )  # fmt: skip
-
-
-@triton.jit
-def weighted(x, weights, N: tl.constexpr):
-    """`weighted_sum` of tiles in their own dtype."""
-    total = x[0].to(tl.float32) * weights[0]
-    for i in tl.static_range(1, N):
-        total = tl.fma(x[i].to(tl.float32), weights[i].broadcast_to(total.shape), total)
-    return total
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -99,7 +97,7 @@ def _collapse_norm_bwd_kernel(
             sums += (tl.zeros((BLOCK_C // RUN,), tl.float32),)
         for piece in tl.static_range(PIECES):
             scaled = grad[piece].to(tl.float32) * weight[piece]
-            collapsed = weighted(x[piece * N : piece * N + N], pre, N)
+            collapsed = weighted_sum(x[piece * N : piece * N + N], pre, N)
             new = (sums[0] + run_sum(collapsed, collapsed, RUN),)
             new += (sums[1] + run_sum(collapsed, scaled, RUN),)
             for i in tl.static_range(N):
@@ -124,7 +122,7 @@ def _collapse_norm_bwd_kernel(
             for i in tl.static_range(N):
                 # pinned, so that x does not stay in fp32 from above on
                 again += (pinned(x[piece * N + i], REGISTER),)
-            collapsed = weighted(again, pre, N)
+            collapsed = weighted_sum(again, pre, N)
             d_u = pinned(grad[piece], REGISTER).to(tl.float32)
             new_weight += (d_weight[piece] + d_u * (collapsed * rstd),)
             if HAS_D_X:

@@ -35,7 +35,6 @@ from model1.ops.mhc.portable_chain_backward import (
     PIECE,
     collapse_gradient,
     mhc_collapse_norm_backward_triton,
-    weighted,
 )
 from model1.ops.mhc.portable_phi import phi_gradient
 from model1.ops.mhc.portable_streams import (
@@ -44,6 +43,7 @@ from model1.ops.mhc.portable_streams import (
     mhc_write_back_backward_triton,
     numbers,
     tiles,
+    weighted_sum,
 )
 from model1.ops.rounding import round_to
 
@@ -85,7 +85,7 @@ def _seam_bwd_kernel(
             y = tl.load(y_ptr + token * C + channel, mask=inside, other=0.0).to(tl.float32)
             x = tiles(x_ptr + token * stride_x_t, stride_x_n, channel, inside, N)
         weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        d_collapsed = d_u * weight * rstd - drop * weighted(out, pre, N)
+        d_collapsed = d_u * weight * rstd - drop * weighted_sum(out, pre, N)
         total = ()
         for k in tl.static_range(N):
             value = passed[k].to(tl.float32) + d_collapsed * pre[k]
@@ -93,14 +93,14 @@ def _seam_bwd_kernel(
                 value += through[k].to(tl.float32) + spread * out[k].to(tl.float32)
             total += (value,)
         if WRITES_BACK:
-            d_y = round_to(weighted(total, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
+            d_y = round_to(weighted_sum(total, post, N), d_y_ptr.dtype.element_ty, INTERPRETED)
             tl.store(d_y_ptr + token * C + channel, d_y, mask=inside)
             new = add_products(sums[:N], y, total, RUN, N)
             for j in tl.static_range(N):
                 wide = x[j].to(tl.float32)
                 new += add_products(sums[N + j * N : 2 * N + j * N], wide, total, RUN, N)
                 weights = numbers(comb_ptr + token * (N * N), j * N, 1, N)
-                d_x = round_to(weighted(total, weights, N), DTYPE, INTERPRETED)
+                d_x = round_to(weighted_sum(total, weights, N), DTYPE, INTERPRETED)
                 tl.store(d_x_ptr + (token * N + j) * C + channel, d_x, mask=inside)
             sums = new
         else:

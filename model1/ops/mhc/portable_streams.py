@@ -63,10 +63,10 @@ def tiles(ptr, stride, offset, mask, N: tl.constexpr):
 
 @triton.jit
 def weighted_sum(values, weights, N: tl.constexpr):
-    """Values by weights, added in their order."""
-    total = values[0] * weights[0]
+    """Values of any dtype by weights, added in their order in fp32."""
+    total = values[0].to(tl.float32) * weights[0]
     for i in tl.static_range(1, N):
-        total = tl.fma(values[i], weights[i].broadcast_to(values[i].shape), total)
+        total = tl.fma(values[i].to(tl.float32), weights[i].broadcast_to(total.shape), total)
     return total
 
 
